@@ -1,0 +1,13 @@
+"""Test-wide settings: CPU with 8 virtual devices, exact matmuls, absl flags parsed (grain defines some)."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax  # noqa: E402
+from absl import flags  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+flags.FLAGS.mark_as_parsed()

@@ -1,0 +1,1 @@
+"""Video backbones; each file ends with the name map of its published weights."""

@@ -1,0 +1,1 @@
+"""Source files to records, records to batches."""

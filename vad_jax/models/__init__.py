@@ -1,0 +1,48 @@
+"""The systems, by name, and the contract that each of them keeps."""
+
+from typing import Any, Protocol
+
+from flax import nnx
+
+from vad_jax.batch import Array, Batch, Detections
+from vad_jax.models.evad import EVAD
+
+MODELS = {
+  "evad": EVAD,
+}
+
+
+class System(Protocol):
+  """What training, evaluation and prediction ask of a model. There is no base class: a model just has these methods."""
+
+  def __call__(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> dict[str, Any]:
+    """Runs the network. Returns every tensor worth looking at by name; jit prunes the unused."""
+    ...
+
+  def costs(self, out: dict[str, Any], batch: Batch) -> Array | None:
+    """Matching costs ``[..., N, M]`` of all layers, images and frames at once, or None where nothing is matched."""
+    ...
+
+  def loss(self, out: dict[str, Any], batch: Batch, match: Array | None) -> tuple[Array, dict[str, Array]]:
+    """Scalar loss and its named terms, given the match mask: bool, of the shape of ``costs``."""
+    ...
+
+  def detections(self, out: dict[str, Any], batch: Batch) -> Detections:
+    """Boxes and scores of the whole batch."""
+    ...
+
+
+def build(name: str, *, rngs: nnx.Rngs, **kwargs: Any) -> Any:
+  """Builds a system.
+
+  Args:
+    name: one of ``MODELS``.
+    rngs: source of the initial parameters.
+    **kwargs: what the model's constructor takes.
+
+  Raises:
+    ValueError: the name is not known.
+  """
+  if name not in MODELS:
+    raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+  return MODELS[name](rngs=rngs, **kwargs)

@@ -1,0 +1,1 @@
+"""Pure functions: boxes, RoIAlign, matching, losses."""
