@@ -1,0 +1,537 @@
+"""Finds the actions in any video and draws them on it.
+
+    python -m vad_jax.predict --checkpoint runs/quickstart --video holiday.mp4 --output-dir out
+
+writes ``out/holiday_detections.csv`` (AVA result format), ``out/holiday_detections.json`` (the same to read)
+and ``out/holiday.mp4`` (boxes, action names and scores drawn; original frame rate and sound). In a notebook:
+
+    from vad_jax import predict
+    result = predict.predict_video("quickstart", "holiday.mp4", "out")
+    result.keyframes[3].boxes, result.keyframes[3].actions, result.video
+
+A video is decoded twice, once to detect and once to draw, and both times frame by frame: memory does not grow
+with its length. Keyframes are at 0, 1, 2, ... seconds by default. The box of a person found in two keyframes in a
+row moves smoothly between them; actions hold until the next keyframe.
+"""
+
+import argparse
+import collections
+import functools
+import itertools
+import json
+import logging
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import av
+import cv2
+import jax
+import numpy as np
+from flax import nnx
+from scipy.optimize import linear_sum_assignment
+
+import vad_jax
+from vad_jax import annotations, checkpoint, progress, visualize
+from vad_jax.batch import Batch, Detections
+from vad_jax.datasets.video import VideoError, VideoReader, VideoWriter
+from vad_jax.ops.boxes import iou
+from vad_jax.ops.nms import nms as suppress
+
+logger = logging.getLogger(__name__)
+
+_CANVAS_MULTIPLE = 32
+_READABLE_SIDE = 360  # pixels; smaller videos are enlarged before captions are drawn
+_SAME_PERSON_IOU = 0.2  # between two keyframes in a row
+_TIME_EPSILON = 1e-3  # seconds; time stamps of frames are rounded
+
+
+class Action(NamedTuple):
+  """One action of one person: id of the label map, its name, score in [0, 1]."""
+
+  id: int
+  name: str
+  score: float
+
+
+class KeyframeDetections(NamedTuple):
+  """The ``n`` people found at one keyframe, best actor score first.
+
+  Attributes:
+    time: seconds from the video's first frame.
+    boxes: ``[n, 4]`` float32 xyxy in [0, 1].
+    actor_score: ``[n]`` float32.
+    action_score: ``[n, K]`` float32, all classes.
+    actions: for each person the actions that passed the threshold, best first.
+  """
+
+  time: float
+  boxes: np.ndarray
+  actor_score: np.ndarray
+  action_score: np.ndarray
+  actions: list[list[Action]]
+
+
+class Prediction(NamedTuple):
+  """What was found in one video and where it was written.
+
+  Attributes:
+    source: the video.
+    size: its height and width in pixels.
+    fps: its average frame rate.
+    keyframes: detections in order of time.
+    csv: AVA result CSV, or None where nothing was written.
+    json: readable file of the same, or None.
+    video: annotated mp4, or None.
+  """
+
+  source: Path
+  size: tuple[int, int]
+  fps: float
+  keyframes: list[KeyframeDetections]
+  csv: Path | None = None
+  json: Path | None = None
+  video: Path | None = None
+
+
+def load(name: str | Path) -> checkpoint.Loaded:
+  """Loads a model once, to use it for several videos.
+
+  Args:
+    name: a run's work directory, one checkpoint, or ``"quickstart"`` for the weights in the package.
+  """
+  return checkpoint.load_model(name)
+
+
+def predict_video(
+  model: str | Path | checkpoint.Loaded,
+  video: str | Path,
+  output_dir: str | Path | None = None,
+  *,
+  stride: float | None = 1.0,
+  actor_threshold: float = 0.5,
+  action_threshold: float = 0.3,
+  top_k: int = 3,
+  nms: float | None = None,
+  batch_size: int = 4,
+  draw: bool = True,
+) -> Prediction:
+  """Detects the actions in one video.
+
+  Args:
+    model: what `load` takes or returned.
+    video: any file that FFmpeg can decode.
+    output_dir: where to write CSV, JSON and annotated video; None writes nothing.
+    stride: seconds between keyframes; None makes every frame one.
+    actor_threshold: lowest actor score of a person that is reported.
+    action_threshold: lowest score of an action that is reported.
+    top_k: most actions reported for one person.
+    nms: drops people whose box overlaps a better one by more than this IoU; None keeps all.
+    batch_size: clips run through the model at once.
+    draw: write the annotated video as well.
+
+  Raises:
+    VideoError: the video is missing or cannot be decoded.
+    OSError: the output directory cannot be written.
+  """
+  loaded = load(model) if isinstance(model, str | Path) else model
+  source = Path(video)
+  thresholds = {
+    "actor_threshold": actor_threshold,
+    "action_threshold": action_threshold,
+    "top_k": top_k,
+    "nms": nms,
+  }
+  with VideoReader(source) as reader:
+    outputs = _prepare_outputs(source, output_dir) if output_dir is not None else {}
+    with progress.bar(f"{source.name}: detect", reader.num_frames) as advance:
+      frames = _counted(reader, advance)
+      keyframes = [
+        _select(time, found, loaded.info["label_map"], **thresholds)
+        for time, found in _detect(loaded, frames, reader.size, stride, batch_size)
+      ]
+    if not keyframes:
+      raise VideoError(f"{source}: no frame could be decoded; re-encode it or get it again")
+    if reader.broken:
+      logger.warning("%s: %d broken frames were skipped; the rest is annotated", source, reader.broken)
+    result = Prediction(source, reader.size, reader.fps, keyframes)
+  if outputs:
+    _write_csv(result, outputs["csv"])
+    _write_json(result, outputs["json"], loaded.info, {"stride": stride, **thresholds})
+    if draw:
+      _annotate(result, outputs["video"])
+    result = result._replace(
+      csv=outputs["csv"], json=outputs["json"], video=outputs["video"] if draw else None
+    )
+  return result
+
+
+# --- detection ----------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_model(graphdef: Any, state: Any, video: jax.Array, video_size: jax.Array) -> Detections:
+  model = nnx.merge(graphdef, state)
+  batch = cast(Batch, {"video": video, "video_size": video_size})  # a forward pass reads no annotation
+  return model.detections(model(batch), batch)
+
+
+def _detect(
+  loaded: checkpoint.Loaded,
+  frames: Iterable[tuple[float, np.ndarray]],
+  size: tuple[int, int],
+  stride: float | None,
+  batch_size: int,
+) -> Iterator[tuple[float, Detections]]:
+  """Runs the model over a stream of frames; yields time and detections (no batch axis) of each keyframe."""
+  graphdef, state = nnx.split(nnx.view(loaded.model, deterministic=True))
+  clip = loaded.info["clip"]
+  offsets = (np.arange(clip["num_frames"]) - clip["num_frames"] // 2) * clip["frame_stride"] / clip["fps"]
+  inner, canvas = video_canvas(size, loaded.info["short_side"], loaded.info["canvas"])
+  video_size = np.tile(np.array(inner, np.int32), (batch_size, 1))
+
+  def runs() -> Iterator[tuple[list[float], Detections]]:
+    shrunk = (
+      (time, cv2.resize(frame, inner[::-1], interpolation=cv2.INTER_LINEAR)) for time, frame in frames
+    )
+    for batch in _batched(clips(shrunk, offsets, stride), batch_size):
+      video = np.zeros((batch_size, len(offsets), *canvas, 3), np.uint8)
+      for row, (_, frames_of_clip) in enumerate(batch):
+        video[row, :, : inner[0], : inner[1]] = frames_of_clip
+      yield [time for time, _ in batch], _run_model(graphdef, state, video, video_size)
+
+  # One batch behind: the device works on a batch while the next one is being decoded.
+  for (times, found), _ in itertools.pairwise(itertools.chain(runs(), [([], None)])):
+    host = jax.device_get(found)
+    for row, time in enumerate(times):
+      yield time, Detections(*(column[row] for column in host))
+
+
+def video_canvas(
+  size: tuple[int, int], short_side: int, training_canvas: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+  """Sizes for a video of any shape: what its frames are resized to, and the padded canvas that holds them.
+
+  The short side becomes ``short_side``, unless the long side would then be longer than in training; a portrait
+  video is treated like a landscape one. The sides of the canvas are the smallest multiples of 32.
+
+  Args:
+    size: height and width of the video.
+    short_side: of the frames in training.
+    training_canvas: height and width that the training frames were padded to.
+  """
+  scale = min(short_side / min(size), max(training_canvas) / max(size))
+  inner = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+  return inner, tuple(-(-side // _CANVAS_MULTIPLE) * _CANVAS_MULTIPLE for side in inner)
+
+
+def clips(
+  frames: Iterable[tuple[float, np.ndarray]], offsets: np.ndarray, stride: float | None
+) -> Iterator[tuple[float, np.ndarray]]:
+  """Cuts the clips of all keyframes out of a stream and forgets frames that no coming clip needs.
+
+  Args:
+    frames: times (rising) and frames.
+    offsets: ``[T]`` rising times of a clip's frames from its keyframe, in seconds.
+    stride: seconds between keyframes, the first at 0; None makes every frame one.
+
+  Yields:
+    time of the keyframe and ``[T, ...]`` the frames nearest to its times, clamped to the stream's ends.
+  """
+  window: collections.deque[tuple[float, np.ndarray]] = collections.deque()
+  waiting: collections.deque[float] = collections.deque()  # keyframes whose last frames have not come yet
+  count = 0
+
+  def cut(keyframe: float) -> tuple[float, np.ndarray]:
+    times = np.array([time for time, _ in window])
+    nearest = np.abs(times - (keyframe + offsets)[:, None]).argmin(axis=1)
+    return keyframe, np.stack([window[index][1] for index in nearest])
+
+  for time, frame in frames:
+    window.append((time, frame))
+    if stride is None:
+      waiting.append(time)
+    while stride is not None and count * stride <= time + _TIME_EPSILON:
+      waiting.append(count * stride)
+      count += 1
+    while waiting and waiting[0] + offsets[-1] <= time:
+      yield cut(waiting.popleft())
+    coming = waiting[0] if waiting else time if stride is None else count * stride
+    while len(window) > 1 and window[1][0] <= coming + offsets[0]:
+      window.popleft()
+  for keyframe in waiting:
+    yield cut(keyframe)
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+  iterator = iter(items)
+  while batch := list(itertools.islice(iterator, size)):
+    yield batch
+
+
+def _counted(
+  frames: Iterable[tuple[float, np.ndarray]], advance: Callable[[], None]
+) -> Iterator[tuple[float, np.ndarray]]:
+  for item in frames:
+    yield item
+    advance()
+
+
+def _select(
+  time: float,
+  found: Detections,
+  label_map: dict[int, str],
+  *,
+  actor_threshold: float,
+  action_threshold: float,
+  top_k: int,
+  nms: float | None,
+) -> KeyframeDetections:
+  """Applies the thresholds to the detections of one keyframe."""
+  order = np.argsort(-found.actor_score, kind="stable")
+  order = order[(found.valid & (found.actor_score >= actor_threshold))[order]]
+  if nms is not None:
+    order = order[suppress(found.boxes[order], found.actor_score[order], nms)]
+  actions = []
+  for scores in found.action_score[order]:
+    best = [index for index in np.argsort(-scores, kind="stable") if index + 1 in label_map][:top_k]
+    actions.append(
+      [
+        Action(int(k) + 1, label_map[int(k) + 1], float(scores[k]))
+        for k in best
+        if scores[k] >= action_threshold
+      ]
+    )
+  return KeyframeDetections(
+    time, found.boxes[order], found.actor_score[order], found.action_score[order], actions
+  )
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def _prepare_outputs(source: Path, output_dir: str | Path) -> dict[str, Path]:
+  """Names of the files to write, in a directory that is known to be writable before the work begins."""
+  directory = Path(output_dir)
+  outputs = {
+    "csv": directory / f"{source.stem}_detections.csv",
+    "json": directory / f"{source.stem}_detections.json",
+    "video": directory / f"{source.stem}.mp4",
+  }
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=directory).close()
+  except OSError as error:
+    raise OSError(
+      f"{directory}: cannot write there ({error.strerror}); choose another --output-dir"
+    ) from None
+  if outputs["video"].exists() and outputs["video"].samefile(source):
+    raise OSError(f"{source}: the annotated video would replace it; choose another --output-dir")
+  return outputs
+
+
+def _write_csv(result: Prediction, path: Path) -> None:
+  name = result.source.stem.replace(",", "_")  # a comma would end the column
+  rows = [
+    (name, keyframe.time, box, action.id, action.score)
+    for keyframe in result.keyframes
+    for box, actions in zip(keyframe.boxes, keyframe.actions, strict=True)
+    for action in actions
+  ]
+  video, time, boxes, action, score = zip(*rows, strict=True) if rows else ((),) * 5
+  annotations.write_ava_csv(
+    path,
+    annotations.Rows(
+      np.array(video, object),
+      np.array(time, np.float64),
+      np.array(boxes, np.float64).reshape(-1, 4),
+      np.array(action, np.int32),
+      np.array(score, np.float64),
+    ),
+  )
+
+
+def _write_json(result: Prediction, path: Path, info: dict[str, Any], settings: dict[str, Any]) -> None:
+  height, width = result.size
+  content = {
+    "video": str(result.source),
+    "width": width,
+    "height": height,
+    "fps": round(result.fps, 3),
+    "model": {"name": info["model"]["name"], "step": info["step"], "clip": info["clip"]},
+    "settings": settings,
+    "made_with": {
+      "vad_jax": vad_jax.__version__,
+      "jax": jax.__version__,
+      "av": av.__version__,
+      "ffmpeg": av.ffmpeg_version_info,
+    },
+    "boxes": "x1, y1, x2, y2 in [0, 1] of the frame",
+    "keyframes": [
+      {
+        "time": round(keyframe.time, 4),
+        "actors": [
+          {
+            "box": [round(float(value), 4) for value in box],
+            "score": round(float(score), 4),
+            "actions": [{"id": a.id, "name": a.name, "score": round(a.score, 4)} for a in actions],
+          }
+          for box, score, actions in zip(keyframe.boxes, keyframe.actor_score, keyframe.actions, strict=True)
+        ],
+      }
+      for keyframe in result.keyframes
+    ],
+  }
+  path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# --- drawing ------------------------------------------------------------------------------------------------
+
+
+def _annotate(result: Prediction, path: Path) -> None:
+  """Decodes the video again and writes it with the detections drawn."""
+  zoom = max(1, math.ceil(_READABLE_SIDE / min(result.size)))
+  size = (result.size[0] * zoom, result.size[1] * zoom)
+  ends = [link(now, then) for now, then in itertools.pairwise(result.keyframes)]
+  current = written = 0
+  with (
+    VideoReader(result.source) as reader,
+    VideoWriter(path, size=size, fps=result.fps, audio_from=result.source) as writer,
+    progress.bar(f"{result.source.name}: draw", reader.num_frames) as advance,
+  ):
+    for time, frame in _counted(reader, advance):
+      while current < len(ends) and result.keyframes[current + 1].time <= time:
+        current += 1
+      keyframe = result.keyframes[current]
+      boxes = keyframe.boxes
+      if current < len(ends):
+        share = (time - keyframe.time) / (result.keyframes[current + 1].time - keyframe.time)
+        boxes = (1 - share) * boxes + share * ends[current]
+      captions = [[f"{action.name} {action.score:.2f}" for action in actions] for actions in keyframe.actions]
+      if zoom > 1:
+        frame = cv2.resize(frame, size[::-1], interpolation=cv2.INTER_CUBIC)
+      drawn = visualize.draw_detections(frame, boxes, captions)
+      # Where the frame rate varies, frames are repeated or left out to stay with the sound.
+      for _ in range(round(time * result.fps) + 1 - written):
+        writer.write(drawn)
+        written += 1
+
+
+def link(now: KeyframeDetections, then: KeyframeDetections) -> np.ndarray:
+  """Finds where the people of one keyframe are in the next.
+
+  Returns:
+    ``[n, 4]`` for each box of ``now`` its match in ``then``, or the box itself where none overlaps enough.
+  """
+  overlap = iou(now.boxes[:, None], then.boxes)
+  ends = now.boxes.copy()
+  for row, column in zip(*linear_sum_assignment(-overlap), strict=True):
+    if overlap[row, column] >= _SAME_PERSON_IOU:
+      ends[row] = then.boxes[column]
+  return ends
+
+
+# --- command line -------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the command line; returns the exit code."""
+  options = _parse(arguments)
+  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+  try:
+    loaded = load(options.checkpoint)
+  except (OSError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  failed = 0
+  for video in options.video:
+    try:
+      result = predict_video(
+        loaded,
+        video,
+        options.output_dir,
+        stride=None if options.every_frame else options.stride,
+        actor_threshold=options.actor_threshold,
+        action_threshold=options.action_threshold,
+        top_k=options.top_k,
+        nms=options.nms,
+        batch_size=options.batch_size,
+        draw=not options.no_video,
+      )
+    except (OSError, VideoError) as error:
+      print(f"error: {error}", file=sys.stderr)
+      failed += 1
+      continue
+    _report(result)
+  if failed and len(options.video) > 1:
+    print(f"error: {failed} of {len(options.video)} videos failed, see above", file=sys.stderr)
+  return 1 if failed else 0
+
+
+def _report(result: Prediction) -> None:
+  people = sum(len(keyframe.boxes) for keyframe in result.keyframes)
+  print(f"{result.source}: {people} people in {len(result.keyframes)} keyframes")
+  if not people:
+    print("  nothing passed the thresholds; try a lower --actor-threshold")
+  elif not any(actions for keyframe in result.keyframes for actions in keyframe.actions):
+    print("  no action passed the thresholds; try a lower --action-threshold")
+  for path in (result.csv, result.json, result.video):
+    if path:
+      print(f"  {path}")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m vad_jax.predict", description="Finds the actions in videos and draws them."
+  )
+  parser.add_argument("--checkpoint", required=True, help="run directory, checkpoint, or `quickstart`")
+  parser.add_argument("--video", required=True, nargs="+", type=Path, help="any file that FFmpeg can decode")
+  parser.add_argument("--output-dir", default="predictions", type=Path, help="default: %(default)s")
+  parser.add_argument(
+    "--stride", default=1.0, type=_positive, help="seconds between keyframes; default: %(default)s"
+  )
+  parser.add_argument("--every-frame", action="store_true", help="every frame is a keyframe (slow)")
+  parser.add_argument(
+    "--actor-threshold", default=0.5, type=_share, help="lowest score of a person; default: %(default)s"
+  )
+  parser.add_argument(
+    "--action-threshold", default=0.3, type=_share, help="lowest score of an action; default: %(default)s"
+  )
+  parser.add_argument(
+    "--top-k", default=3, type=_count, help="most actions for one person; default: %(default)s"
+  )
+  parser.add_argument("--nms", type=_share, help="drop boxes that overlap a better one by more than this IoU")
+  parser.add_argument("--batch-size", default=4, type=_count, help="clips at once; default: %(default)s")
+  parser.add_argument("--no-video", action="store_true", help="write only CSV and JSON")
+  options = parser.parse_args(arguments)
+  stems = [video.stem for video in options.video]
+  if twice := {stem for stem in stems if stems.count(stem) > 1}:
+    parser.error(
+      f"several videos are named {sorted(twice)[0]}: their results would replace each other; run them apart"
+    )
+  return options
+
+
+def _number(kind: Callable[[str], float], low: float, high: float, wanted: str) -> Callable[[str], float]:
+  def convert(text: str) -> float:
+    try:
+      value = kind(text)
+    except ValueError:
+      value = math.nan
+    if not low <= value <= high:
+      raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+  return convert
+
+
+_share = _number(float, 0, 1, "a number from 0 to 1")
+_count = _number(int, 1, math.inf, "a whole number from 1 up")
+_positive = _number(float, 1e-3, math.inf, "a number of seconds above 0")
+
+
+if __name__ == "__main__":
+  sys.exit(main())
