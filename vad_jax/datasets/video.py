@@ -1,0 +1,420 @@
+"""Video files in and out, by presentation time: PyAV decoding and encoding.
+
+Time zero is the presentation time of a stream's first frame. Frames are found by their time stamps, never by counting,
+so variable frame rate, B-frames and streams that start late need no care from the caller.
+
+  with VideoReader("movie.mp4") as reader:
+    for seconds, frame in reader:  # [H, W, 3] uint8 RGB
+      ...
+    clip = reader.frames_at([1.0, 1.2, 1.4])  # [3, H, W, 3]
+"""
+
+import contextlib
+import itertools
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import av.error
+import numpy as np
+from av.audio.resampler import AudioResampler
+
+PathLike = str | os.PathLike[str]
+
+logger = logging.getLogger(__name__)
+
+# Wanted frames further apart than this are worth a seek; closer ones are reached sooner by decoding on.
+_SEEK_AHEAD = 10.0
+# Most failures in a row to read from a damaged file before the rest of it is given up.
+_MAX_READ_ERRORS = 8
+_BT709 = 1  # the same number for matrix, primaries and transfer function
+_LIMITED_RANGE = 1
+
+
+class VideoError(ValueError):
+  """A video that cannot be read or written; the message names the file and what to do."""
+
+
+def nearest(frame_times: np.ndarray, time: float) -> int:
+  """Index of the frame nearest to a time; the earlier one of two that are equally near.
+
+  Args:
+    frame_times: ``[F]`` ascending, at least one.
+    time: seconds.
+  """
+  after = int(np.searchsorted(frame_times, time))
+  if after == 0:
+    return 0
+  if after == len(frame_times):
+    return after - 1
+  return after if frame_times[after] - time < time - frame_times[after - 1] else after - 1
+
+
+class VideoReader:
+  """Decodes one video file; a context manager, used by one thread at a time.
+
+  Iterating, or `read`, streams frames with flat memory; `frames_at` fetches single ones by seeking. What a damaged file
+  still holds is delivered; frames that it lost are counted in `broken` and logged once a file.
+
+  Attributes:
+    path: the file.
+    size: height and width of the delivered frames in pixels, after the rotation that the file asks for.
+    fps: average frames a second, as the file says.
+    duration: seconds as the file says, None where it does not.
+    num_frames: number of frames as the file says, or an estimate, or None.
+    broken: frames that were found damaged or missing until now.
+  """
+
+  def __init__(self, path: PathLike, *, threads: int = 0):
+    """Opens the file and decodes its first frame.
+
+    Args:
+      path: any file that FFmpeg can open.
+      threads: decoding threads; 0 chooses by the number of cores. Use 1 where many readers work side by side.
+
+    Raises:
+      VideoError: there is no such file, or nothing in it can be decoded.
+    """
+    self.path = Path(path)
+    self.broken = 0
+    self._threads = threads
+    self._origin = 0
+    self._open()
+    try:
+      frame = next((frame for _, frame in self._decode()), None)
+      if frame is None:
+        raise VideoError(f"{path}: no frame can be decoded; the file is damaged, replace it")
+      # Where the very first frames are lost, the stream's own start keeps the labels in place.
+      start = self._stream.start_time
+      self._origin = start if self.broken and start is not None else frame.pts or 0
+      self._stored_size = frame.height, frame.width
+      self._quarter_turns = round(frame.rotation / 90) % 4
+      self.size = self._stored_size[::-1] if self._quarter_turns % 2 else self._stored_size
+      self.broken = 0  # they are met again when the frames are read
+      stream, container = self._stream, self._container
+      self.fps = float(stream.average_rate or stream.guessed_rate or 30)
+      self._stream_duration = float(stream.duration * stream.time_base) if stream.duration else None
+      self.duration = self._stream_duration or (
+        container.duration / av.time_base if container.duration else None
+      )
+      self.num_frames = stream.frames or (round(self.duration * self.fps) if self.duration else None)
+    except BaseException:
+      self._container.close()
+      raise
+
+  def __enter__(self) -> "VideoReader":
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self.close()
+
+  def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
+    return self.read()
+
+  def close(self) -> None:
+    """Closes the file and logs what was found broken."""
+    self._container.close()
+    if self.broken and self.path not in _reported:
+      _reported.add(self.path)
+      logger.warning("%s: %d damaged or missing frames; their neighbours stand in", self.path, self.broken)
+
+  def read(self, start: float = 0.0, stop: float = math.inf) -> Iterator[tuple[float, np.ndarray]]:
+    """Streams the frames with ``start <= time < stop`` in presentation order.
+
+    Yields:
+      Time in seconds and the frame, ``[H, W, 3]`` uint8 RGB.
+    """
+    end = max(start, 0.0)  # of the last frame before the file ended
+    for time, frame in self._decode_from(start):
+      if time >= stop:
+        return
+      end = max(end, time + 1 / self.fps)
+      if time >= start:
+        yield time, self._to_rgb(frame)
+    if self._stream_duration is not None:
+      missing = round((min(stop, self._stream_duration) - end) * self.fps)
+      self.broken += max(missing, 0)
+
+  def frames_at(self, times: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The frames nearest to the given times.
+
+    Args:
+      times: ``[T]`` seconds, in any order, repeated or not; clamped to the video.
+
+    Returns:
+      ``[T, H, W, 3]`` uint8 RGB, equal to what a decode of the whole file gives.
+    """
+    wanted, positions = np.unique(np.asarray(times, np.float64), return_inverse=True)
+    frames: Iterator[tuple[float, av.VideoFrame]] = iter(())
+    window: list[tuple[float, av.VideoFrame]] = []  # the last frames decoded, at most two
+    images: list[np.ndarray] = []
+    shown = None
+    for time in wanted:
+      if not window or time - window[-1][0] > _SEEK_AHEAD:
+        frames = self._decode_from(time)
+        window = list(itertools.islice(frames, 1))
+        if not window:
+          raise VideoError(f"{self.path}: no frame can be decoded; the file is damaged, replace it")
+      while window[-1][0] < time and (following := next(frames, None)):
+        window = [window[-1], following]
+      _, frame = window[nearest(np.array([at for at, _ in window]), time)]
+      images.append(images[-1] if frame is shown else self._to_rgb(frame))
+      shown = frame
+    return np.stack([images[position] for position in positions])
+
+  def _open(self) -> None:
+    try:
+      self._container = av.open(os.fspath(self.path))
+    except FileNotFoundError:
+      raise VideoError(f"{self.path}: no such file") from None
+    except (av.error.FFmpegError, OSError) as error:
+      reason = "the file is empty" if self.path.is_file() and not self.path.stat().st_size else error.strerror
+      raise VideoError(f"{self.path}: not a readable video ({reason}); replace or re-encode it") from None
+    streams = [s for s in self._container.streams.video if not s.disposition & s.disposition.attached_pic]
+    if not streams:
+      self._container.close()
+      raise VideoError(f"{self.path}: holds no video stream")
+    self._stream = streams[0]
+    if self._stream.codec_context is None:
+      self._container.close()
+      raise VideoError(f"{self.path}: FFmpeg has no decoder for its video; re-encode it as H.264")
+    self._stream.thread_type = "AUTO"
+    self._stream.codec_context.thread_count = self._threads
+
+  def _decode_from(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Decodes from a keyframe on; the first frame is not later than `start`, unless it is the file's first."""
+    margin = 0.0
+    while start - margin > 0:
+      # Containers index by decoding time and hold damaged or missing keyframes: look, and go further back if need be.
+      try:
+        self._container.seek(
+          self._origin + int((start - margin) / self._stream.time_base), stream=self._stream
+        )
+      except av.error.FFmpegError:
+        break
+      frames = self._decode(after_seek=True)
+      first = next(frames, None)
+      if first is not None and first[0] <= start:
+        return itertools.chain([first], frames)
+      margin = max(1.0, 4 * margin)
+    self._container.close()
+    self._open()
+    return self._decode()
+
+  def _decode(self, after_seek: bool = False) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Decodes on from where the container stands, to the end."""
+    first_pts = None
+    last_time = -math.inf
+    for packet in self._packets():
+      if after_seek and first_pts is None:
+        if not packet.is_keyframe or packet.pts is None:
+          continue
+        first_pts = packet.pts
+      try:
+        frames = packet.decode()
+      except av.error.FFmpegError:
+        self.broken += 1
+        continue
+      for frame in frames:
+        if first_pts is not None and frame.pts is not None and frame.pts < first_pts:
+          continue  # shown before the keyframe, so it refers to frames before the seek
+        if frame.pts is None:
+          time = max(last_time, -1 / self.fps) + 1 / self.fps
+        else:
+          time = float((frame.pts - self._origin) * self._stream.time_base)
+        if frame.is_corrupt or time <= last_time:
+          self.broken += 1
+        if time > last_time:
+          last_time = time
+          yield time, frame
+
+  def _packets(self) -> Iterator[av.Packet]:
+    """Packets of the video stream; a damaged place is skipped where the container can."""
+    errors = 0
+    while errors < _MAX_READ_ERRORS:
+      try:
+        for packet in self._container.demux(self._stream):
+          errors = 0
+          yield packet
+        return
+      except av.error.FFmpegError:
+        errors += 1
+        self.broken += 1
+
+  def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
+    height, width = self._stored_size  # a stream may change its size on the way
+    image = frame.to_ndarray(format="rgb24", width=width, height=height)
+    return np.ascontiguousarray(np.rot90(image, self._quarter_turns)) if self._quarter_turns else image
+
+
+_reported: set[Path] = set()
+
+
+class VideoWriter:
+  """Writes an H.264 mp4 that plays everywhere (yuv420p, BT.709, index in front); a context manager.
+
+  The file appears under its name when it is complete; after an error nothing is left. H.264 needs even sizes, so an odd
+  one grows by a repeated row or column. The same frames give the same file on any number of cores.
+  """
+
+  def __init__(
+    self, path: PathLike, *, size: tuple[int, int], fps: float, audio_from: PathLike | None = None
+  ):
+    """Starts a file.
+
+    Args:
+      path: ends in ``.mp4``; its folder is made.
+      size: height and width of the frames.
+      fps: frames a second.
+      audio_from: a video whose sound is taken over, where it has any; time zero is its first frame, the end ours.
+
+    Raises:
+      VideoError: the folder cannot be written.
+    """
+    self.path = Path(path)
+    self.size = tuple(size)
+    self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+    try:
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      self._container = av.open(
+        os.fspath(self._partial), "w", format="mp4", options={"movflags": "+faststart"}
+      )
+    except OSError as error:
+      raise VideoError(f"{path}: cannot be written ({error.strerror})") from None
+    rate = Fraction(fps).limit_denominator(1001)
+    self._ticks = math.ceil(90_000 / rate.numerator) * rate.denominator  # in one frame
+    self._time_base = 1 / (rate * self._ticks)
+    stream = self._container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
+    stream.height, stream.width = (side + side % 2 for side in self.size)
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    context.time_base = self._time_base
+    context.thread_count = 4  # x264's output depends on it
+    context.colorspace = context.color_primaries = context.color_trc = _BT709
+    context.color_range = _LIMITED_RANGE
+    self._stream = stream
+    self._pts = -1
+    self._audio = _Audio(audio_from, self._container) if audio_from is not None else None
+
+  def __enter__(self) -> "VideoWriter":
+    return self
+
+  def __exit__(self, exc_type, exc, traceback) -> None:
+    self._finish(keep=exc_type is None)
+
+  def write(self, frame: np.ndarray, time: float | None = None) -> None:
+    """Adds a frame.
+
+    Args:
+      frame: ``[H, W, 3]`` uint8 RGB.
+      time: seconds at which it is shown, for a variable frame rate; by default one frame after the last.
+
+    Raises:
+      ValueError: shape or type differ from what was announced, or the time does not grow.
+    """
+    if frame.shape != (*self.size, 3) or frame.dtype != np.uint8:
+      expected = (*self.size, 3)
+      raise ValueError(f"{self.path}: a frame is {frame.dtype} {frame.shape}; expected uint8 {expected}")
+    following = self._pts + self._ticks if self._pts >= 0 else 0
+    pts = following if time is None else round(time / self._time_base)
+    if pts <= self._pts:
+      raise ValueError(f"{self.path}: frame times must grow; got {time} s")
+    self._pts = pts
+    frame = np.pad(frame, [(0, self.size[0] % 2), (0, self.size[1] % 2), (0, 0)], mode="edge")
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+    picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+    picture.pts, picture.time_base, picture.duration = pts, self._time_base, self._ticks
+    self._container.mux(self._stream.encode(picture))
+    if self._audio:
+      self._audio.copy_until(float(pts * self._time_base))
+
+  def _finish(self, keep: bool) -> None:
+    try:
+      if keep:
+        if self._pts < 0:
+          raise VideoError(f"{self.path}: no frame was written")
+        self._container.mux(self._stream.encode(None))
+        if self._audio:
+          self._audio.copy_until(float((self._pts + self._ticks) * self._time_base))
+          self._audio.finish()
+        self._container.close()
+        os.replace(self._partial, self.path)
+    finally:
+      if self._audio:
+        self._audio.close()
+      with contextlib.suppress(av.error.FFmpegError, OSError, ValueError):
+        self._container.close()
+      self._partial.unlink(missing_ok=True)
+
+
+class _Audio:
+  """The sound of one file on its way into another: packets are copied where mp4 players know the codec, else AAC."""
+
+  def __init__(self, path: PathLike, target: av.container.OutputContainer):
+    self._path = path
+    self._target = target
+    self._source: av.container.InputContainer = av.open(os.fspath(path))
+    self._packets: Iterator[av.Packet] = iter(())
+    self._next: av.Packet | None = None
+    self._resampler = None
+    if not self._source.streams.audio:
+      return
+    stream = self._source.streams.audio[0]
+    if stream.codec_context.codec.canonical_name in ("aac", "mp3"):
+      self._output = target.add_stream_from_template(stream)
+    else:
+      rate = min(stream.codec_context.sample_rate, 48_000)
+      self._output = target.add_stream("aac", rate=rate, layout="stereo")
+      self._output.codec_context.open()
+      self._resampler = AudioResampler("fltp", "stereo", rate, self._output.codec_context.frame_size)
+    video = next(iter(self._source.streams.video), None)
+    origin = video.start_time * video.time_base if video and video.start_time else Fraction(0)
+    self._origin = round(origin / stream.time_base)
+    self._packets = self._source.demux(stream)
+    self._advance()
+
+  def copy_until(self, time: float) -> None:
+    """Moves the sound that starts before a time."""
+    while self._next is not None and self._next.pts * self._next.time_base < time:
+      packet = self._next
+      if packet.pts >= 0:
+        try:
+          self._move(packet)
+        except av.error.InvalidDataError:
+          logger.warning("%s: a damaged piece of sound was left out", self._path)
+      self._advance()
+
+  def finish(self) -> None:
+    if self._resampler:
+      self._encode([*self._resampler.resample(None)])
+      self._target.mux(self._output.encode(None))
+
+  def close(self) -> None:
+    self._source.close()
+
+  def _advance(self) -> None:
+    try:
+      self._next = next((packet for packet in self._packets if packet.pts is not None), None)
+    except av.error.FFmpegError:
+      logger.warning("%s: the sound ends early, the file is damaged", self._path)
+      self._next = None
+    if self._next is not None:
+      self._next.pts -= self._origin
+      if self._next.dts is not None:
+        self._next.dts -= self._origin
+
+  def _move(self, packet: av.Packet) -> None:
+    if self._resampler is None:
+      packet.stream = self._output
+      self._target.mux(packet)
+      return
+    for frame in packet.decode():
+      self._encode(self._resampler.resample(frame))
+
+  def _encode(self, frames: list) -> None:
+    for frame in frames:
+      self._target.mux(self._output.encode(frame))
