@@ -2,7 +2,7 @@
 
 Three steps that every frame-level protocol shares, each over all keyframes at once:
 
-1. `best_overlaps`: for each detection the ground-truth box of its group (keyframe and class) that it overlaps most.
+1. `best_overlaps`: for each detection the ground-truth box of its keyframe and class that it overlaps most.
 2. `true_positives`: the first detection to claim a box, at a given IoU, is right; all others are wrong.
 3. `curves` and `average_precision`: ranked by score, class by class.
 
@@ -58,9 +58,9 @@ def frame_map(
 ) -> FrameMap:
   """Frame-mAP by the protocol of the official ActivityNet evaluator of AVA.
 
-  Rows of classes outside the label map and detections on keyframes without annotation are left out. The best 50
-  detections of a keyframe count, all classes together; then those without area are dropped. Equal scores are ordered
-  as the official evaluator orders them.
+  Rows of classes outside the label map and detections on keyframes without annotation are left out. The
+  best 50 detections of a keyframe count, all classes together; then those without area are dropped. Equal
+  scores are ordered as the official evaluator orders them.
 
   Args:
     ground_truth: annotations; a row with action 0 says that the keyframe was annotated and holds nobody.
@@ -97,7 +97,7 @@ def frame_map(
     truth_keyframe * num_groups + truth.action, truth.boxes, keyframe * num_groups + found.action, found.boxes
   )
   correct = true_positives(overlap, box, iou)
-  # Keyframes come in the order of the detections' file: it decides between equal scores of different keyframes.
+  # The order of keyframes in the detections' file decides between equal scores of different keyframes.
   order = np.argsort(appearance[keyframe], kind="stable")
   num_truth = {int(c): int(n) for c, n in zip(classes, _count(truth.action, classes), strict=True)}
   by_class = curves(found.action[order], found.extra[order], correct[order], num_truth)
@@ -126,7 +126,7 @@ def person_ap(ground_truth: Rows, detections: Rows, *, iou: float = 0.5) -> floa
 
   Args:
     ground_truth: annotations.
-    detections: one row for each box (not for each action); ``extra`` is the actor score, the action is not looked at.
+    detections: one row for each box (not for each action); ``extra`` is the actor score.
     iou: least IoU of a true positive, inclusive.
 
   Raises:
@@ -151,7 +151,7 @@ def keyframe_ids(ground_truth: Rows, detections: Rows) -> tuple[np.ndarray, np.n
   """Numbers the annotated keyframes; timestamps are told apart to the microsecond.
 
   Returns:
-    ``[G]`` and ``[D]`` int64 keyframe of each row, from 0 up; -1 for detections on a keyframe without annotation.
+    ``[G]`` and ``[D]`` int64 keyframe of each row, from 0 up; -1 for detections where nothing is annotated.
   """
   video_ids = {video: index for index, video in enumerate(dict.fromkeys(ground_truth.video))}
   video, time = (
@@ -172,7 +172,7 @@ def keyframe_ids(ground_truth: Rows, detections: Rows) -> tuple[np.ndarray, np.n
 def best_overlaps(
   truth_group: np.ndarray, truth_boxes: np.ndarray, group: np.ndarray, boxes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Finds for each detection the ground-truth box of its own group with the highest IoU; the first among equals.
+  """Finds for each detection the ground-truth box of its group with the highest IoU, the first among equals.
 
   Args:
     truth_group: ``[G]`` int, what a box may be compared with, such as keyframe and class in one number.
@@ -264,19 +264,20 @@ def average_precision(precision: np.ndarray, recall: np.ndarray) -> float:
 def _check(ground_truth: Rows, detections: Rows, iou: float) -> None:
   if not 0 < iou <= 1:
     raise ValueError(f"iou is {iou}; expected a fraction in (0, 1]")
-  if np.isnan(detections.extra).any():
-    row = int(np.argmax(np.isnan(detections.extra)))
+  bad = np.flatnonzero(np.isnan(detections.extra))
+  if len(bad):
+    raise ValueError(f"{_name_row('detection', detections, bad[0])}: the score is NaN")
+  x1, y1, x2, y2 = ground_truth.boxes.T
+  bad = np.flatnonzero((x1 > x2) | (y1 > y2))
+  if len(bad):
+    box = ground_truth.boxes[bad[0]].tolist()
     raise ValueError(
-      f"detection row {row} (video {detections.video[row]}, {detections.timestamp[row]:g} s) has the score NaN"
+      f"{_name_row('annotation', ground_truth, bad[0])}: {box} is inverted; expected x1,y1,x2,y2"
     )
-  boxes = ground_truth.boxes
-  inverted = (boxes[:, 0] > boxes[:, 2]) | (boxes[:, 1] > boxes[:, 3])
-  if inverted.any():
-    row = int(np.argmax(inverted))
-    raise ValueError(
-      f"annotation row {row} (video {ground_truth.video[row]}, {ground_truth.timestamp[row]:g} s) is inverted: "
-      f"{boxes[row].tolist()} is not x1,y1,x2,y2"
-    )
+
+
+def _name_row(kind: str, rows: Rows, index: int) -> str:
+  return f"{kind} {index + 1} of {len(rows.video)} ({rows.video[index]} at {rows.timestamp[index]:g} s)"
 
 
 def _video_and_time(rows: Rows, video_ids: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -286,10 +287,10 @@ def _video_and_time(rows: Rows, video_ids: dict[str, int]) -> tuple[np.ndarray, 
 
 
 def _heap_order(rows: Rows, keyframe: np.ndarray, capacity: int) -> np.ndarray:
-  """Orders rows by keyframe and falling ``extra``, at most `capacity` in each, as the official evaluator does.
+  """Orders rows by keyframe and falling ``extra``, at most `capacity` in each, as the official evaluator.
 
-  It collects the rows of a keyframe in a heap, and among equal scores the heap's layout decides who is kept and who
-  comes first. Only where that matters (at the limit or inside one class) the heap is played through.
+  It collects the rows of a keyframe in a heap, and among equal scores the heap's layout decides which are
+  kept and which come first. Only where that matters (at the limit or inside one class) a heap is played.
 
   Returns:
     Indices of rows.
