@@ -83,7 +83,7 @@ def draw_detections(
   height, width = frame.shape[:2]
   image = frame.copy()
   corners = np.rint(np.clip(boxes, 0, 1) * [width - 1, height - 1, width - 1, height - 1]).astype(int)
-  thickness = max(1, round(min(height, width) / 200))
+  thickness = max(2, round(min(height, width) / 220))
   # Far boxes are usually small and high in the picture: drawn first, near ones lie on top.
   for index in np.argsort(corners[:, 3], kind="stable"):
     _outline(image, corners[index], colors[index], thickness, dashed)
@@ -245,7 +245,7 @@ def _write(image: np.ndarray, block: _Block, area: tuple[int, int, int, int], co
   """Writes a caption on a plate of its box's colour."""
   x1, y1, x2, y2 = area
   plate = image[y1:y2, x1:x2]
-  blended = np.rint(0.12 * plate + 0.88 * np.array(color)).astype(np.uint8)
+  blended = np.rint(0.18 * plate + 0.82 * np.array(color)).astype(np.uint8)
   brightness = np.dot(color, (0.299, 0.587, 0.114))
   pen = (16, 18, 22) if brightness > 120 else (255, 255, 255)
   for index, line in enumerate(block.lines):
