@@ -10,16 +10,16 @@ and ``out/holiday.mp4`` (boxes, action names and scores drawn; original frame ra
     result.keyframes[3].boxes, result.keyframes[3].actions, result.video
 
 A video is decoded twice, once to detect and once to draw, and both times frame by frame: memory does not grow
-with its length. Keyframes are at 0, 1, 2, ... seconds by default. The box of a person found in two keyframes in a
-row moves smoothly between them; actions hold until the next keyframe.
+with its length. Keyframes are at 0, 1, 2, ... seconds by default. The box of a person found in two keyframes
+running moves smoothly between them; actions hold until the next keyframe.
 """
 
 import argparse
 import collections
+import contextlib
 import functools
 import itertools
 import json
-import logging
 import math
 import sys
 import tempfile
@@ -37,14 +37,11 @@ from scipy.optimize import linear_sum_assignment
 import vad_jax
 from vad_jax import annotations, checkpoint, progress, visualize
 from vad_jax.batch import Batch, Detections
-from vad_jax.datasets.video import VideoError, VideoReader, VideoWriter
+from vad_jax.datasets.video import VideoError, VideoReader, VideoWriter, nearest
 from vad_jax.ops.boxes import iou
 from vad_jax.ops.nms import nms as suppress
 
-logger = logging.getLogger(__name__)
-
 _CANVAS_MULTIPLE = 32
-_READABLE_SIDE = 360  # pixels; smaller videos are enlarged before captions are drawn
 _SAME_PERSON_IOU = 0.2  # between two keyframes in a row
 _TIME_EPSILON = 1e-3  # seconds; time stamps of frames are rounded
 
@@ -82,6 +79,7 @@ class Prediction(NamedTuple):
     source: the video.
     size: its height and width in pixels.
     fps: its average frame rate.
+    broken: damaged or missing frames; their neighbours stood in.
     keyframes: detections in order of time.
     csv: AVA result CSV, or None where nothing was written.
     json: readable file of the same, or None.
@@ -91,6 +89,7 @@ class Prediction(NamedTuple):
   source: Path
   size: tuple[int, int]
   fps: float
+  broken: int
   keyframes: list[KeyframeDetections]
   csv: Path | None = None
   json: Path | None = None
@@ -153,11 +152,7 @@ def predict_video(
         _select(time, found, loaded.info["label_map"], **thresholds)
         for time, found in _detect(loaded, frames, reader.size, stride, batch_size)
       ]
-    if not keyframes:
-      raise VideoError(f"{source}: no frame could be decoded; re-encode it or get it again")
-    if reader.broken:
-      logger.warning("%s: %d broken frames were skipped; the rest is annotated", source, reader.broken)
-    result = Prediction(source, reader.size, reader.fps, keyframes)
+    result = Prediction(source, reader.size, reader.fps, reader.broken, keyframes)
   if outputs:
     _write_csv(result, outputs["csv"])
     _write_json(result, outputs["json"], loaded.info, {"stride": stride, **thresholds})
@@ -187,7 +182,7 @@ def _detect(
   batch_size: int,
 ) -> Iterator[tuple[float, Detections]]:
   """Runs the model over a stream of frames; yields time and detections (no batch axis) of each keyframe."""
-  graphdef, state = nnx.split(nnx.view(loaded.model, deterministic=True))
+  graphdef, state = nnx.split(loaded.model)
   clip = loaded.info["clip"]
   offsets = (np.arange(clip["num_frames"]) - clip["num_frames"] // 2) * clip["frame_stride"] / clip["fps"]
   inner, canvas = video_canvas(size, loaded.info["short_side"], loaded.info["canvas"])
@@ -215,8 +210,8 @@ def video_canvas(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
   """Sizes for a video of any shape: what its frames are resized to, and the padded canvas that holds them.
 
-  The short side becomes ``short_side``, unless the long side would then be longer than in training; a portrait
-  video is treated like a landscape one. The sides of the canvas are the smallest multiples of 32.
+  The short side becomes ``short_side``, unless the long side would then be longer than in training; a
+  portrait video is treated like a landscape one. The sides of the canvas are the smallest multiples of 32.
 
   Args:
     size: height and width of the video.
@@ -224,8 +219,12 @@ def video_canvas(
     training_canvas: height and width that the training frames were padded to.
   """
   scale = min(short_side / min(size), max(training_canvas) / max(size))
-  inner = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-  return inner, tuple(-(-side // _CANVAS_MULTIPLE) * _CANVAS_MULTIPLE for side in inner)
+  height, width = (max(1, round(side * scale)) for side in size)
+  return (height, width), (_round_up(height), _round_up(width))
+
+
+def _round_up(side: int) -> int:
+  return -(-side // _CANVAS_MULTIPLE) * _CANVAS_MULTIPLE
 
 
 def clips(
@@ -247,8 +246,7 @@ def clips(
 
   def cut(keyframe: float) -> tuple[float, np.ndarray]:
     times = np.array([time for time, _ in window])
-    nearest = np.abs(times - (keyframe + offsets)[:, None]).argmin(axis=1)
-    return keyframe, np.stack([window[index][1] for index in nearest])
+    return keyframe, np.stack([window[nearest(times, keyframe + offset)][1] for offset in offsets])
 
   for time, frame in frames:
     window.append((time, frame))
@@ -361,6 +359,7 @@ def _write_json(result: Prediction, path: Path, info: dict[str, Any], settings: 
     "width": width,
     "height": height,
     "fps": round(result.fps, 3),
+    "broken_frames": result.broken,
     "model": {"name": info["model"]["name"], "step": info["step"], "clip": info["clip"]},
     "settings": settings,
     "made_with": {
@@ -393,45 +392,63 @@ def _write_json(result: Prediction, path: Path, info: dict[str, Any], settings: 
 
 def _annotate(result: Prediction, path: Path) -> None:
   """Decodes the video again and writes it with the detections drawn."""
-  zoom = max(1, math.ceil(_READABLE_SIDE / min(result.size)))
-  size = (result.size[0] * zoom, result.size[1] * zoom)
-  ends = [link(now, then) for now, then in itertools.pairwise(result.keyframes)]
-  current = written = 0
-  with (
-    VideoReader(result.source) as reader,
-    VideoWriter(path, size=size, fps=result.fps, audio_from=result.source) as writer,
-    progress.bar(f"{result.source.name}: draw", reader.num_frames) as advance,
-  ):
+  keyframes = result.keyframes
+  links = [link(now, then) for now, then in itertools.pairwise(keyframes)]
+  identities = _identities(keyframes, links)
+  current = 0
+  with contextlib.ExitStack() as stack:
+    reader = stack.enter_context(VideoReader(result.source))
+    advance = stack.enter_context(progress.bar(f"{result.source.name}: draw", reader.num_frames))
+    writer = None
     for time, frame in _counted(reader, advance):
-      while current < len(ends) and result.keyframes[current + 1].time <= time:
+      while current < len(links) and keyframes[current + 1].time <= time:
         current += 1
-      keyframe = result.keyframes[current]
-      boxes = keyframe.boxes
-      if current < len(ends):
-        share = (time - keyframe.time) / (result.keyframes[current + 1].time - keyframe.time)
-        boxes = (1 - share) * boxes + share * ends[current]
-      captions = [[f"{action.name} {action.score:.2f}" for action in actions] for actions in keyframe.actions]
-      if zoom > 1:
-        frame = cv2.resize(frame, size[::-1], interpolation=cv2.INTER_CUBIC)
-      drawn = visualize.draw_detections(frame, boxes, captions)
-      # Where the frame rate varies, frames are repeated or left out to stay with the sound.
-      for _ in range(round(time * result.fps) + 1 - written):
-        writer.write(drawn)
-        written += 1
+      boxes = keyframes[current].boxes
+      if current < len(links):
+        boxes = _between(*keyframes[current : current + 2], links[current], time)
+      captions = [[f"{action.name} {action.score:.2f}" for action in a] for a in keyframes[current].actions]
+      colors = [visualize.color_of(identity) for identity in identities[current]]
+      drawn = visualize.draw_detections(visualize.upscale(frame), boxes, captions, colors)
+      if writer is None:
+        writer = stack.enter_context(
+          VideoWriter(path, size=drawn.shape[:2], fps=result.fps, audio_from=result.source)
+        )
+      writer.write(drawn, time)
 
 
 def link(now: KeyframeDetections, then: KeyframeDetections) -> np.ndarray:
-  """Finds where the people of one keyframe are in the next.
+  """Finds the people of one keyframe in the next, one to one, by how much their boxes overlap.
 
   Returns:
-    ``[n, 4]`` for each box of ``now`` its match in ``then``, or the box itself where none overlaps enough.
+    ``[n]`` for each box of ``now`` its index in ``then``, or -1.
   """
   overlap = iou(now.boxes[:, None], then.boxes)
-  ends = now.boxes.copy()
-  for row, column in zip(*linear_sum_assignment(-overlap), strict=True):
-    if overlap[row, column] >= _SAME_PERSON_IOU:
-      ends[row] = then.boxes[column]
-  return ends
+  links = np.full(len(now.boxes), -1)
+  rows, columns = linear_sum_assignment(-overlap)
+  same = overlap[rows, columns] >= _SAME_PERSON_IOU
+  links[rows[same]] = columns[same]
+  return links
+
+
+def _identities(keyframes: list[KeyframeDetections], links: list[np.ndarray]) -> list[np.ndarray]:
+  """Numbers the people of each keyframe so that linked ones keep their number, and with it their colour."""
+  identities = [np.arange(len(keyframes[0].boxes))]
+  count = len(keyframes[0].boxes)
+  for keyframe, forward in zip(keyframes[1:], links, strict=True):
+    numbers = np.arange(count, count + len(keyframe.boxes))
+    count += len(keyframe.boxes)
+    numbers[forward[forward >= 0]] = identities[-1][forward >= 0]
+    identities.append(numbers)
+  return identities
+
+
+def _between(now: KeyframeDetections, then: KeyframeDetections, links: np.ndarray, time: float) -> np.ndarray:
+  """Boxes at a time between two keyframes: linked ones move, the others stay."""
+  share = (time - now.time) / (then.time - now.time)
+  boxes = now.boxes.copy()
+  linked = links >= 0
+  boxes[linked] += share * (then.boxes[links[linked]] - boxes[linked])
+  return boxes
 
 
 # --- command line -------------------------------------------------------------------------------------------
@@ -440,10 +457,9 @@ def link(now: KeyframeDetections, then: KeyframeDetections) -> np.ndarray:
 def main(arguments: list[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
   options = _parse(arguments)
-  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
   try:
     loaded = load(options.checkpoint)
-  except (OSError, ValueError) as error:
+  except (OSError, checkpoint.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   failed = 0

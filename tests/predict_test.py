@@ -1,0 +1,303 @@
+"""Prediction on video files, with a stand-in model whose answers say which frames it was shown."""
+
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import av
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vad_jax import annotations, checkpoint, predict
+from vad_jax.batch import Detections
+from vad_jax.datasets.video import VideoError, VideoReader, VideoWriter
+
+FPS = 30.0
+CLIP = {"num_frames": 8, "frame_stride": 3, "fps": 30.0}
+LABEL_MAP = {1: "first frame", 2: "middle frame", 3: "last frame"}
+
+
+class ClipReader(nnx.Module):
+  """Scores are the brightness of the clip's first, middle and last frame; one sure person, one doubtful."""
+
+  def __call__(self, batch, *, rngs=None):
+    height, width = batch["video_size"][0]
+    video = batch["video"].astype(jnp.float32)
+    inside = (jnp.arange(video.shape[2])[:, None] < height) & (jnp.arange(video.shape[3]) < width)
+    return {"brightness": (video.mean(-1) * inside).sum((2, 3)) / inside.sum() / 255}
+
+  def detections(self, out, batch):
+    brightness = out["brightness"]
+    scores = brightness[:, [0, brightness.shape[1] // 2, -1]]
+    size = len(brightness)
+    boxes = jnp.array([[0.5, 0.5, 0.6, 0.7], [0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], jnp.float32)
+    return Detections(
+      boxes=jnp.broadcast_to(boxes, (size, 3, 4)),
+      actor_score=jnp.broadcast_to(jnp.array([0.6, 0.9, 0.99]), (size, 3)),
+      action_score=jnp.stack([scores * 0, scores, scores], 1),
+      valid=jnp.broadcast_to(jnp.array([True, True, False]), (size, 3)),
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded():
+  info = {
+    "model": {"name": "stand-in"},
+    "clip": CLIP,
+    "canvas": [64, 96],
+    "short_side": 48,
+    "label_map": LABEL_MAP,
+    "step": 7,
+    "metrics": {},
+  }
+  return checkpoint.Loaded(ClipReader(), info)
+
+
+@pytest.fixture(scope="module")
+def ramp(tmp_path_factory):
+  """Four seconds that brighten by 1 / 128 a frame, with sound."""
+  path = tmp_path_factory.mktemp("videos") / "ramp.mp4"
+  silent = path.with_name("silent.mp4")
+  with VideoWriter(silent, size=(64, 80), fps=FPS) as writer:
+    for index in range(120):
+      writer.write(np.full((64, 80, 3), 2 * index, np.uint8))
+  with av.open(str(silent)) as source, av.open(str(path), "w") as target:
+    video = target.add_stream_from_template(source.streams.video[0])
+    sound = target.add_stream("aac", rate=16_000, layout="mono")
+    for packet in source.demux(video=0):
+      if packet.dts is not None:
+        packet.stream = video
+        target.mux(packet)
+    for start in range(0, 64_000, 1024):
+      tone = np.sin(np.arange(start, start + 1024) / 10, dtype=np.float32)[None]
+      frame = av.AudioFrame.from_ndarray(tone, "fltp", "mono")
+      frame.sample_rate, frame.pts = 16_000, start
+      target.mux(sound.encode(frame))
+    target.mux(sound.encode(None))
+  return path
+
+
+def expected_scores(time):
+  """Brightness of a clip's first, middle and last frame, clamped to the video."""
+  offsets = np.array([-4, 0, 3]) * CLIP["frame_stride"]
+  return np.clip(round(time * FPS) + offsets, 0, 119) * 2 / 255
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_clips_are_read_at_the_keyframes(loaded, ramp, batch_size):
+  result = predict.predict_video(loaded, ramp, batch_size=batch_size)
+  assert [keyframe.time for keyframe in result.keyframes] == [0, 1, 2, 3]
+  for keyframe in result.keyframes:
+    np.testing.assert_allclose(keyframe.action_score[0], expected_scores(keyframe.time), atol=0.012)
+  assert result.csv is result.json is result.video is None
+
+
+def test_every_frame_is_a_keyframe(loaded, ramp):
+  result = predict.predict_video(loaded, ramp, stride=None, batch_size=16)
+  assert len(result.keyframes) == 120
+  for keyframe in result.keyframes:
+    np.testing.assert_allclose(keyframe.action_score[0], expected_scores(keyframe.time), atol=0.012)
+
+
+def test_thresholds_order_and_top_k(loaded, ramp):
+  (_, _, keyframe, _) = predict.predict_video(loaded, ramp, action_threshold=0.45, top_k=1).keyframes
+  np.testing.assert_allclose(keyframe.actor_score, [0.9, 0.6])  # the best first, the invalid one gone
+  np.testing.assert_allclose(keyframe.boxes[0], [0.1, 0.2, 0.3, 0.4])
+  assert [action.name for action in keyframe.actions[0]] == ["last frame"]
+  assert keyframe.actions[1] == []
+  assert not len(predict.predict_video(loaded, ramp, actor_threshold=0.95).keyframes[0].boxes)
+
+
+def test_files(loaded, ramp, tmp_path):
+  result = predict.predict_video(loaded, ramp, tmp_path / "new" / "out", stride=0.5)
+  rows = annotations.read_ava_csv(result.csv)
+  assert set(rows.video) == {"ramp"}
+  assert rows.timestamp.tolist() == sorted(rows.timestamp) and rows.timestamp.max() == 3.5
+  np.testing.assert_allclose(rows.boxes[0], [0.1, 0.2, 0.3, 0.4])
+
+  content = json.loads(result.json.read_text())
+  assert (content["width"], content["height"], content["fps"], content["model"]["step"]) == (80, 64, FPS, 7)
+  assert len(content["keyframes"]) == 8
+  best = content["keyframes"][4]["actors"][0]["actions"][0]
+  assert best["name"] == "last frame" and best["score"] == pytest.approx(expected_scores(2)[2], abs=0.012)
+
+  with VideoReader(result.video) as reader:
+    assert reader.fps == FPS and reader.size[0] >= 360  # enlarged, so that captions are readable
+    frames = [(time, frame) for time, frame in reader]
+  np.testing.assert_allclose([time for time, _ in frames], np.arange(120) / FPS, atol=1e-3)
+  for index in (0, 59, 119):  # the border of a box stands out, the rest is the source
+    height, width = frames[index][1].shape[:2]
+    assert abs(int(frames[index][1][int(0.95 * height), int(0.05 * width)].mean()) - 2 * index) < 8
+    row = frames[index][1][int(0.3 * height), : int(0.2 * width)].astype(int)
+    assert np.ptp(row) > 30
+  with av.open(str(result.video)) as container:
+    sound = container.streams.audio[0]
+    assert float(sound.duration * sound.time_base) == pytest.approx(4, abs=0.2)
+
+
+def test_no_video_on_request(loaded, ramp, tmp_path):
+  result = predict.predict_video(loaded, ramp, tmp_path, draw=False)
+  assert result.video is None and result.csv.exists() and not (tmp_path / "ramp.mp4").exists()
+
+
+def test_clips_equal_a_search_over_all_frames():
+  random = np.random.default_rng(0)
+  times = np.cumsum(random.uniform(0.005, 0.3, 400))  # variable frame rate
+  times -= times[0]
+  for stride, offsets in [
+    (1.0, np.linspace(-1, 1, 9)),
+    (0.3, np.linspace(-0.2, 0.9, 4)),
+    (None, np.zeros(1)),
+  ]:
+    frames = ((time, np.array(index)) for index, time in enumerate(times))
+    found = list(predict.clips(frames, offsets, stride))
+    keyframes = times if stride is None else np.arange(int(times[-1] / stride) + 1) * stride
+    np.testing.assert_allclose([time for time, _ in found], keyframes)
+    for time, clip in found:
+      assert clip.tolist() == np.abs(times - (time + offsets)[:, None]).argmin(1).tolist()
+
+
+def test_memory_does_not_grow_with_length():
+  alive = weakref.WeakSet()
+
+  class Frame(np.ndarray):
+    __hash__ = object.__hash__
+
+  most = 0
+
+  def stream():
+    nonlocal most
+    for index in range(3000):
+      frame = np.zeros(1).view(Frame)
+      alive.add(frame)
+      most = max(most, len(alive))
+      yield index / 30, frame
+
+  for _ in predict.clips(stream(), np.arange(-8, 8) * 4 / 30, 1.0):
+    pass
+  assert 0 < most < 120  # the clip's two seconds and what comes before its keyframe
+
+
+@pytest.mark.parametrize(
+  "size, inner, canvas",
+  [
+    ((1080, 1920), (224, 398), (224, 416)),
+    ((1920, 1080), (398, 224), (416, 224)),
+    ((800, 1920), (187, 448), (192, 448)),  # wider than in training: the long side decides
+    ((90, 160), (224, 398), (224, 416)),
+    ((2, 4000), (1, 448), (32, 448)),  # a line stays a line
+  ],
+)
+def test_video_canvas(size, inner, canvas):
+  assert predict.video_canvas(size, 224, (256, 448)) == (inner, canvas)
+
+
+def keyframe(time, *boxes):
+  empty = np.zeros((len(boxes), 0))
+  boxes = np.array(boxes, np.float32).reshape(-1, 4)
+  return predict.KeyframeDetections(time, boxes, np.ones(len(boxes)), empty, [[] for _ in boxes])
+
+
+def test_people_are_linked_by_overlap():
+  now = keyframe(0, [0, 0, 0.2, 0.2], [0.5, 0.5, 0.7, 0.7])
+  then = keyframe(1, [0.52, 0.5, 0.72, 0.7], [0.8, 0, 1, 0.2], [0.04, 0, 0.24, 0.2])
+  assert predict.link(now, then).tolist() == [2, 0]
+  assert predict.link(keyframe(0), then).tolist() == []
+  assert predict.link(now, keyframe(1)).tolist() == [-1, -1]
+
+
+def run(loaded, monkeypatch, *arguments):
+  monkeypatch.setattr(predict, "load", lambda name: loaded)
+  return predict.main(["--checkpoint", "any", *map(str, arguments)])
+
+
+def test_broken_videos_are_reported_and_the_others_go_on(loaded, ramp, tmp_path, monkeypatch, capsys):
+  text = tmp_path / "text.mp4"
+  text.write_text("not a video")
+  missing = tmp_path / "missing.mp4"
+  code = run(loaded, monkeypatch, "--output-dir", tmp_path / "out", "--video", missing, text, ramp)
+  output = capsys.readouterr()
+  assert code == 1
+  errors = [line for line in output.err.splitlines() if line.startswith("error:")]
+  assert len(errors) == 3 and "missing.mp4" in errors[0] and "text.mp4" in errors[1] and "2 of 3" in errors[2]
+  assert (tmp_path / "out" / "ramp.mp4").exists() and "8 people in 4 keyframes" in output.out
+
+
+def test_truncated_video_is_annotated_as_far_as_it_goes(loaded, ramp, tmp_path, monkeypatch, capsys):
+  whole = tmp_path / "whole.mkv"  # a container that can be cut anywhere
+  with av.open(str(ramp)) as source, av.open(str(whole), "w") as target:
+    stream = target.add_stream_from_template(source.streams.video[0])
+    for packet in source.demux(video=0):
+      if packet.dts is not None:
+        packet.stream = stream
+        target.mux(packet)
+  cut = tmp_path / "cut.mkv"
+  data = whole.read_bytes()
+  cut.write_bytes(data[: len(data) * 6 // 10])
+  assert run(loaded, monkeypatch, "--video", cut, "--output-dir", tmp_path / "out") == 0
+  content = json.loads((tmp_path / "out" / "cut_detections.json").read_text())
+  assert 1 <= len(content["keyframes"]) < 4
+  with VideoReader(tmp_path / "out" / "cut.mp4") as reader:
+    assert 20 < sum(1 for _ in reader) < 115
+
+
+def test_nothing_found_says_which_threshold_to_lower(loaded, ramp, tmp_path, monkeypatch, capsys):
+  out = tmp_path / "out"
+  common = "--video", ramp, "--output-dir", out, "--no-video"
+  assert run(loaded, monkeypatch, *common, "--actor-threshold", 1) == 0
+  assert "lower --actor-threshold" in capsys.readouterr().out
+  assert annotations.read_ava_csv(out / "ramp_detections.csv").video.tolist() == []
+  assert run(loaded, monkeypatch, *common, "--action-threshold", 1) == 0
+  assert "lower --action-threshold" in capsys.readouterr().out
+
+
+def test_output_directory_that_cannot_be_written(loaded, ramp, tmp_path, monkeypatch, capsys):
+  blocked = tmp_path / "file"
+  blocked.write_text("")
+  assert run(loaded, monkeypatch, "--video", ramp, "--output-dir", blocked / "out") == 1
+  assert capsys.readouterr().err.startswith(f"error: {blocked / 'out'}: cannot write there")
+
+
+def test_source_is_never_replaced(loaded, ramp):
+  before = ramp.read_bytes()
+  with pytest.raises(OSError, match="would replace it"):
+    predict.predict_video(loaded, ramp, ramp.parent)
+  assert ramp.read_bytes() == before
+
+
+def test_missing_video(loaded, tmp_path):
+  with pytest.raises(VideoError, match=r"none\.mp4"):
+    predict.predict_video(loaded, tmp_path / "none.mp4", tmp_path / "out")
+
+
+def test_missing_checkpoint(ramp, tmp_path, capsys):
+  assert predict.main(["--checkpoint", str(tmp_path / "none"), "--video", str(ramp)]) == 1
+  assert "none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--video", "a.mp4", "--top-k", "0"], "'0' is not a whole number from 1 up"),
+    (["--video", "a.mp4", "--nms", "2"], "'2' is not a number from 0 to 1"),
+    (["--video", "a.mp4", "--stride", "0"], "'0' is not a number of seconds above 0"),
+    (["--video", "x/a.mp4", "y/a.avi"], "several videos are named a"),
+    (["--video", "a.mp4", "--stride", "2", "--every-frame"], "not allowed with"),
+  ],
+)
+def test_bad_options(arguments, message, capsys):
+  with pytest.raises(SystemExit):
+    predict.main(["--checkpoint", "quickstart", *arguments])
+  assert message in capsys.readouterr().err
+
+
+def test_starts_without_tensorflow():
+  code = (
+    "import vad_jax.predict, sys; sys.exit(any(m in sys.modules for m in ('tensorflow', 'clu', 'grain')))"
+  )
+  root = Path(predict.__file__).parents[1]
+  assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
