@@ -145,14 +145,15 @@ def predict_video(
     "nms": nms,
   }
   with VideoReader(source) as reader:
+    height, width = reader.size
     outputs = _prepare_outputs(source, output_dir) if output_dir is not None else {}
     with progress.bar(f"{source.name}: detect", reader.num_frames) as advance:
       frames = _counted(reader, advance)
       keyframes = [
         _select(time, found, loaded.info["label_map"], **thresholds)
-        for time, found in _detect(loaded, frames, reader.size, stride, batch_size)
+        for time, found in _detect(loaded, frames, (height, width), stride, batch_size)
       ]
-    result = Prediction(source, reader.size, reader.fps, reader.broken, keyframes)
+    result = Prediction(source, (height, width), reader.fps, reader.broken, keyframes)
   if outputs:
     _write_csv(result, outputs["csv"])
     _write_json(result, outputs["json"], loaded.info, {"stride": stride, **thresholds})
@@ -469,7 +470,7 @@ def main(arguments: list[str] | None = None) -> int:
         loaded,
         video,
         options.output_dir,
-        stride=None if options.every_frame else options.stride,
+        stride=options.stride,
         actor_threshold=options.actor_threshold,
         action_threshold=options.action_threshold,
         top_k=options.top_k,
@@ -506,10 +507,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--checkpoint", required=True, help="run directory, checkpoint, or `quickstart`")
   parser.add_argument("--video", required=True, nargs="+", type=Path, help="any file that FFmpeg can decode")
   parser.add_argument("--output-dir", default="predictions", type=Path, help="default: %(default)s")
-  parser.add_argument(
+  keyframes = parser.add_mutually_exclusive_group()
+  keyframes.add_argument(
     "--stride", default=1.0, type=_positive, help="seconds between keyframes; default: %(default)s"
   )
-  parser.add_argument("--every-frame", action="store_true", help="every frame is a keyframe (slow)")
+  keyframes.add_argument(
+    "--every-frame", dest="stride", action="store_const", const=None, help="every frame is a keyframe (slow)"
+  )
   parser.add_argument(
     "--actor-threshold", default=0.5, type=_share, help="lowest score of a person; default: %(default)s"
   )
