@@ -1,0 +1,109 @@
+"""Video ViT with tubelet tokens and fixed positions, as in VideoMAE (Tong et al., NeurIPS 2022).
+
+``[B, T, H, W, 3]`` becomes tokens ``[B, T/2, H/16, W/16, C]``; there is no class token. The blocks are exposed, since
+detectors look between them. ``stem="convolution"`` replaces the patch embedding by a few overlapping convolutions of the
+same stride (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021): small models that start from
+scratch learn much faster with it, published weights need ``stem="patch"``.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vad_jax.batch import Array
+from vad_jax.layers.attention import Block
+from vad_jax.layers.position import video_positions
+
+
+class ViT(nnx.Module):
+  """Patch embedding, positions, blocks and a final norm.
+
+  Attributes:
+    blocks: the transformer blocks.
+    norm: the final LayerNorm, not applied by ``embed``.
+    patch: size ``(t, h, w)`` of a token in frames and pixels.
+  """
+
+  def __init__(
+    self,
+    *,
+    width: int,
+    depth: int,
+    heads: int,
+    patch: tuple[int, int, int] = (2, 16, 16),
+    trained_side: int = 14,
+    stem: Literal["patch", "convolution"] = "patch",
+    drop_path: float = 0.0,
+    dtype: jnp.dtype | None = None,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the network.
+
+    Args:
+      width: ``C``.
+      depth: number of blocks.
+      heads: attention heads of a block.
+      patch: size of a token in frames and pixels.
+      trained_side: tokens a side of the grid whose position table is resized to other grids (14 for 224 pixels).
+      stem: published patch embedding, or overlapping convolutions.
+      drop_path: rate of the last block; it grows linearly from 0.
+      dtype: computation type; None follows the parameters.
+      rngs: source of the initial parameters.
+    """
+    self.width, self.patch, self.trained_side = width, patch, trained_side
+    if stem == "patch":
+      self.patch_embed = nnx.Conv(3, width, patch, strides=patch, padding="VALID", dtype=dtype, rngs=rngs)
+    else:
+      self.patch_embed = ConvolutionStem(width, patch, dtype=dtype, rngs=rngs)
+    rates = np.linspace(0, drop_path, depth)
+    self.blocks = nnx.List([Block(width, heads, drop_path=float(rate), dtype=dtype, rngs=rngs) for rate in rates])
+    self.norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+
+  def embed(self, video: Array) -> Array:
+    """Normalised video ``[B, T, H, W, 3]`` to tokens with positions ``[B, t, h, w, C]``.
+
+    Raises:
+      ValueError: the video does not divide into tokens.
+    """
+    for name, size, patch in zip(("frames", "height", "width"), video.shape[1:4], self.patch, strict=True):
+      if size % patch:
+        raise ValueError(f"video {video.shape[1:4]}: its {name} must be a multiple of {patch}")
+    tokens = self.patch_embed(video)
+    positions = video_positions(self.width, tokens.shape[1:4], self.trained_side)
+    return tokens + jnp.asarray(positions, tokens.dtype)
+
+
+class ConvolutionStem(nnx.Module):
+  """A quarter-size patch embedding, then 3x3x3 convolutions of spatial stride 2 up to the stride of the tokens."""
+
+  def __init__(self, width: int, patch: tuple[int, int, int], *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
+    first = (patch[0], 4, 4)
+    channels = width // 4
+    self.first = nnx.Conv(3, channels, first, strides=first, padding="VALID", dtype=dtype, rngs=rngs)
+    self.rest, self.norms = nnx.List([]), nnx.List([])
+    for _ in range((patch[1] // 4).bit_length() - 1):
+      self.norms.append(nnx.LayerNorm(channels, epsilon=1e-6, dtype=dtype, rngs=rngs))
+      self.rest.append(
+        nnx.Conv(channels, 2 * channels, (3, 3, 3), strides=(1, 2, 2), padding=1, dtype=dtype, rngs=rngs)
+      )
+      channels *= 2
+    if channels != width:
+      raise ValueError(f"a convolution stem needs a patch of 16 pixels, not {patch[1]}")
+
+  def __call__(self, video: Array) -> Array:
+    """``[B, T, H, W, 3]`` to ``[B, t, h, w, C]``."""
+    x = self.first(video)
+    for norm, conv in zip(self.norms, self.rest, strict=True):
+      x = conv(jax.nn.gelu(norm(x), approximate=False))
+    return x
+
+
+# Published VideoMAE names (fine-tuning layout) of this module's parameters; leaves are renamed and transposed by kind.
+REFERENCE_NAMES = (
+  (r"patch_embed\.(.*)", r"patch_embed.proj.\1"),
+  (r"(blocks\..*)", r"\1"),
+  (r"(norm\..*)", r"\1"),
+)

@@ -1,0 +1,100 @@
+"""Multi-head self-attention and the pre-norm transformer block of VideoMAE's ViT."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vad_jax.batch import Array
+from vad_jax.layers.drop_path import DropPath
+from vad_jax.layers.mlp import Mlp
+
+
+def attend(query: Array, key: Array, value: Array, key_mask: Array | None = None) -> Array:
+  """Scaled dot-product attention that leaves the choice of kernel to JAX: fused on a GPU in half precision.
+
+  Args:
+    query, key, value: ``[B, N, heads, D]``.
+    key_mask: ``[B, N]`` bool, False for keys that nobody may look at.
+
+  Returns:
+    ``[B, N, heads, D]``.
+  """
+  fused = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
+  mask = None if key_mask is None else key_mask[:, None, None, :]
+  return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn" if fused else "xla")
+
+
+class SelfAttention(nnx.Module):
+  """Multi-head self-attention with one projection for queries, keys and values.
+
+  With ``key_bias=False`` (VideoMAE) only queries and values have a bias; otherwise all three do (PyTorch's module).
+  """
+
+  def __init__(self, dim: int, heads: int, *, key_bias: bool = False, dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
+    self.heads = heads
+    self.qkv = nnx.Linear(dim, 3 * dim, use_bias=key_bias, dtype=dtype, rngs=rngs)
+    if not key_bias:
+      self.q_bias = nnx.Param(jnp.zeros(dim))
+      self.v_bias = nnx.Param(jnp.zeros(dim))
+    self.key_bias = key_bias
+    self.proj = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+
+  def __call__(
+    self, x: Array, *, key_mask: Array | None = None, query_weight: Array | None = None
+  ) -> tuple[Array, Array | None]:
+    """Attends.
+
+    Args:
+      x: ``[B, N, C]``.
+      key_mask: ``[B, N]`` bool, False for padding.
+      query_weight: ``[N]``; when given, the attention is materialised to weigh its columns.
+
+    Returns:
+      ``[B, N, C]``, and with ``query_weight`` the importance ``[B, N]`` of every token: the attention that it receives,
+      averaged over heads and weighted queries (else None).
+    """
+    batch, tokens, dim = x.shape
+    qkv = self.qkv(x)
+    if not self.key_bias:
+      bias = jnp.concatenate([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
+      qkv = qkv + bias.astype(qkv.dtype)
+    query, key, value = jnp.split(qkv.reshape(batch, tokens, 3 * self.heads, -1), 3, axis=2)
+    if query_weight is None:
+      return self.proj(attend(query, key, value, key_mask).reshape(batch, tokens, dim)), None
+    scale = query.shape[-1] ** -0.5
+    exact = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=exact)
+    if key_mask is not None:
+      logits = jnp.where(key_mask[:, None, None, :], logits, jnp.finfo(exact).min)
+    attention = jax.nn.softmax(logits, axis=-1)
+    importance = jnp.einsum("bhqk,q->bk", jax.lax.stop_gradient(attention), query_weight) / (tokens * self.heads)
+    out = jnp.einsum("bhqk,bkhd->bqhd", attention.astype(value.dtype), value)
+    return self.proj(out.reshape(batch, tokens, dim)), importance
+
+
+class Block(nnx.Module):
+  """Pre-norm transformer block: attention, then MLP, each behind LayerNorm (epsilon 1e-6) and drop path."""
+
+  def __init__(
+    self, dim: int, heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0, dtype: jnp.dtype | None = None, rngs: nnx.Rngs
+  ):
+    self.norm1 = nnx.LayerNorm(dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
+    self.attn = SelfAttention(dim, heads, dtype=dtype, rngs=rngs)
+    self.norm2 = nnx.LayerNorm(dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
+    self.mlp = Mlp(dim, int(dim * mlp_ratio), dtype=dtype, rngs=rngs)
+    self.drop_path = DropPath(drop_path)
+
+  def attention(
+    self, x: Array, rngs: nnx.Rngs | None, *, key_mask: Array | None = None, query_weight: Array | None = None
+  ) -> tuple[Array, Array | None]:
+    """The first half: ``x`` plus its attention, and the importance of tokens where asked for."""
+    update, importance = self.attn(self.norm1(x), key_mask=key_mask, query_weight=query_weight)
+    return x + self.drop_path(update, rngs), importance
+
+  def feed_forward(self, x: Array, rngs: nnx.Rngs | None) -> Array:
+    """The second half."""
+    return x + self.drop_path(self.mlp(self.norm2(x)), rngs)
+
+  def __call__(self, x: Array, rngs: nnx.Rngs | None = None, *, key_mask: Array | None = None) -> Array:
+    """``[B, N, C]`` to ``[B, N, C]``."""
+    return self.feed_forward(self.attention(x, rngs, key_mask=key_mask)[0], rngs)

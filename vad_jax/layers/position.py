@@ -1,0 +1,50 @@
+"""Fixed sine-cosine positions over a token grid, and their resize to other grids."""
+
+import functools
+
+import numpy as np
+
+
+@functools.cache
+def sincos_positions(length: int, dim: int) -> np.ndarray:
+  """1-D sine-cosine table over the flattened token index, as in "Attention Is All You Need" and VideoMAE.
+
+  Returns:
+    ``[length, dim]`` float32: sine on even channels, cosine on odd ones (computed in float64).
+  """
+  angles = np.arange(length)[:, None] / 10000 ** (2 * (np.arange(dim) // 2) / dim)
+  table = np.where(np.arange(dim) % 2 == 0, np.sin(angles), np.cos(angles))
+  return table.astype(np.float32)
+
+
+@functools.cache
+def video_positions(dim: int, grid: tuple[int, int, int], trained_side: int) -> np.ndarray:
+  """Positions for a ``(t, h, w)`` grid, from the table of ``(t, trained_side, trained_side)``.
+
+  Each time slice is resized bicubically where the token count differs (EVAD's official code; a grid of another shape but
+  the same count is left alone, as there).
+
+  Returns:
+    ``[t, h, w, dim]`` float32.
+  """
+  t, h, w = grid
+  table = sincos_positions(t * trained_side**2, dim)
+  if len(table) == t * h * w:
+    return table.reshape(t, h, w, dim)
+  table = table.reshape(t, trained_side, trained_side, dim)
+  table = np.einsum("yh,thwc->tywc", bicubic_matrix(trained_side, h), table)
+  return np.einsum("xw,tywc->tyxc", bicubic_matrix(trained_side, w), table).astype(np.float32)
+
+
+def bicubic_matrix(source: int, target: int) -> np.ndarray:
+  """Matrix ``[target, source]`` of PyTorch's bicubic resize: A = -0.75, half-pixel centres, clamped, no antialiasing."""
+  a = -0.75
+  center = (np.arange(target) + 0.5) * source / target - 0.5
+  first = np.floor(center).astype(int)
+  matrix = np.zeros((target, source))
+  for offset in range(-1, 3):
+    distance = np.abs(center - (first + offset))
+    near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+    far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+    np.add.at(matrix, (np.arange(target), np.clip(first + offset, 0, source - 1)), np.where(distance <= 1, near, far))
+  return matrix

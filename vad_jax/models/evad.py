@@ -1,0 +1,629 @@
+"""EVAD: efficient video action detection with token dropout and context refinement.
+
+Paper: Chen et al., "Efficient Video Action Detection with Token Dropout and Context Refinement", ICCV 2023 (Figure 2).
+
+    video [B, T, H, W, 3] -> ViT blocks, dropping tokens of other frames than the keyframe at a few of them
+      keyframe tokens [B, h, w, C] of four blocks -> FPN -> six localisation layers on N proposals -> boxes [B, N, 4]
+      kept tokens [B, n, C] -> narrower map [B, t, h, w, D] -> actor features in the extended boxes [B, N, D]
+      [kept tokens, actor features] -> context refinement decoder -> action logits [B, N, K]
+
+Where paper and official code differ, the default follows the code, so that its released weights work:
+
+* Token order. The code keeps tokens in the order of their importance, but puts them back into the map (and gives them
+  positions in the decoder) in the order of their places; tokens of other frames than the keyframe thus land in each
+  other's places. ``token_order="paper"`` puts each token back where it came from.
+* Empty places of the map hold a learnt token, not zeros; tokens are narrowed before the map is rebuilt, and positions of
+  that width are added to all of it.
+* A block keeps ``ceil(rate * tokens)`` tokens, those of the keyframe included, not ``rate * tokens``.
+* Extended boxes follow the "+1" pixel convention and are clipped to the frame; the score of an action is not multiplied
+  by that of the person; persons below 0.7 are dropped unless that leaves nobody (see ``evaluate``).
+* "3D RoIAlign" is RoIAlign of each time slice, the maximum over the bins, the mean over time.
+
+Padded pixels take part in attention, as in the code; ``mask_padding=True`` keeps them out. Ours alone, and off by
+default: ``stem="convolution"`` and ``dense_loss``, which let a small model learn from scratch (the paper always starts
+from VideoMAE weights), and neither of which changes how boxes and actions are computed from tokens.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vad_jax.backbones import vit
+from vad_jax.batch import Array, Batch, Detections
+from vad_jax.layers.attention import Block, SelfAttention
+from vad_jax.layers.fpn import FeaturePyramid
+from vad_jax.layers.position import video_positions
+from vad_jax.ops import boxes as box_ops
+from vad_jax.ops import losses
+from vad_jax.ops.roi_align import pyramid_roi_align, roi_align
+
+
+class Variant(NamedTuple):
+  """Sizes of a model; defaults are those shared by the published ones."""
+
+  width: int
+  depth: int
+  heads: int
+  prune_at: tuple[int, ...]  # blocks that drop tokens, from 0
+  fpn_at: tuple[int, ...]  # blocks whose keyframe tokens feed the pyramid, finest level first
+  decoder_width: int
+  decoder_heads: int
+  decoder_depth: int
+  trained_side: int = 14
+  head_width: int = 256
+  head_hidden: int = 2048
+  head_layers: int = 6
+  head_dynamic: int = 64
+  classifier_width: int = 2048
+  num_queries: int = 100
+  canonical_size: float = 224.0  # side in pixels of a box that is pooled from the map of the ViT's own stride
+
+
+VARIANTS = {
+  "vit_s": Variant(384, 12, 6, (3, 6, 9), (2, 5, 8, 11), 192, 3, 6),
+  "vit_b": Variant(768, 12, 12, (3, 6, 9), (2, 5, 8, 11), 384, 6, 6),
+  "vit_l": Variant(1024, 24, 16, (6, 12, 18), (5, 11, 17, 23), 512, 8, 12),
+  "tiny": Variant(96, 8, 3, (2, 4, 6), (1, 3, 5, 7), 48, 3, 2, 4, 256, 128, 2, 16, 64, 20),
+  "quickstart": Variant(128, 4, 4, (2,), (0, 1, 2, 3), 128, 4, 2, 6, 96, 192, 2, 16, 128, 10, 64.0),
+}
+
+PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of RGB in [0, 1], all channels
+
+
+class EVAD(nnx.Module):
+  """The detector; see the module's docstring. Parameters live in backbone, fpn, proposals, head and decoder."""
+
+  def __init__(
+    self,
+    *,
+    num_classes: int = 80,
+    variant: str = "vit_b",
+    keep_rate: float = 0.7,
+    prune_at: tuple[int, ...] | None = None,
+    pruning: Literal["keyframe", "unified", "random"] = "keyframe",
+    keyframe_weight: float = 1.0,
+    token_order: Literal["official", "paper"] = "official",
+    decoder_tokens: Literal["kept", "all"] = "kept",
+    decoder_depth: int | None = None,
+    roi_extension: tuple[float, float] = (0.4, 0.2),
+    num_queries: int | None = None,
+    drop_path: float = 0.1,
+    mask_padding: bool = False,
+    stem: Literal["patch", "convolution"] = "patch",
+    dense_loss: float = 0.0,
+    action_loss: float = 12.0,
+    remat: bool = False,
+    dtype: str = "float32",
+    rngs: nnx.Rngs,
+  ):
+    """Builds the network.
+
+    Args:
+      num_classes: ``K``.
+      variant: one of ``VARIANTS``.
+      keep_rate: share of its tokens that a pruning block keeps, the keyframe's included (Table 2).
+      prune_at: blocks, from 0, that prune; None takes the variant's.
+      pruning: importance from attention with all keyframe tokens kept; the same without that protection (Table 1c); or a
+        random choice before the first block (Table 1b).
+      keyframe_weight: weight of the keyframe's queries in the importance (Table 1g; 4 is best at keep rate 0.6).
+      token_order: see the module's docstring.
+      decoder_tokens: what the decoder attends to; "all" brings dropped tokens back as they were when dropped (Table 1d).
+      decoder_depth: blocks of the decoder (Table 1e); 0 is the linear head on actor features (Table 1a); None takes the
+        variant's.
+      roi_extension: growth of boxes in width and height before actor features are taken (Table 1f).
+      num_queries: ``N``, number of learnt proposals; None takes the variant's.
+      drop_path: stochastic depth of the last block, in encoder and decoder.
+      mask_padding: keep padded tokens out of attention and pruning.
+      stem: see ``backbones.vit``.
+      dense_loss: weight of a loss on boxes and actions predicted straight from keyframe tokens, in training only.
+      action_loss: weight of the action loss: 12; the published ViT-L took 6.
+      remat: recompute blocks in the backward pass instead of storing their activations.
+      dtype: computation type, "float32" or "bfloat16"; parameters, norms' statistics and losses stay float32.
+      rngs: source of the initial parameters.
+
+    Raises:
+      ValueError: an option has a value that does not exist.
+    """
+    _check("variant", variant, VARIANTS)
+    _check("pruning", pruning, ("keyframe", "unified", "random"))
+    _check("token_order", token_order, ("official", "paper"))
+    _check("decoder_tokens", decoder_tokens, ("kept", "all"))
+    _check("dtype", dtype, ("float32", "bfloat16"))
+    if not 0 < keep_rate <= 1:
+      raise ValueError(f"keep_rate must be in (0, 1], not {keep_rate}")
+    sizes = VARIANTS[variant]
+    compute = jnp.bfloat16 if dtype == "bfloat16" else None
+    self.sizes, self.num_classes, self.keep_rate = sizes, num_classes, keep_rate
+    self.prune_at = sizes.prune_at if prune_at is None else tuple(prune_at)
+    self.pruning, self.keyframe_weight = pruning, keyframe_weight
+    self.token_order, self.decoder_tokens = token_order, decoder_tokens
+    self.roi_extension, self.mask_padding, self.remat = tuple(roi_extension), mask_padding, remat
+    self.compute_dtype, self.dense_loss, self.action_loss = compute, dense_loss, action_loss
+
+    self.backbone = vit.ViT(
+      width=sizes.width,
+      depth=sizes.depth,
+      heads=sizes.heads,
+      trained_side=sizes.trained_side,
+      stem=stem,
+      drop_path=drop_path,
+      dtype=compute,
+      rngs=rngs,
+    )
+    self.fpn = FeaturePyramid(sizes.width, sizes.head_width, dtype=compute, rngs=rngs)
+    self.proposals = Proposals(num_queries or sizes.num_queries, sizes.head_width, rngs=rngs)
+    self.head = nnx.List([LocalisationLayer(sizes, dtype=compute, rngs=rngs) for _ in range(sizes.head_layers)])
+    depth = sizes.decoder_depth if decoder_depth is None else decoder_depth
+    self.decoder = ContextDecoder(sizes, depth, num_classes, drop_path, dtype=compute, rngs=rngs)
+    if dense_loss:
+      self.dense = nnx.Linear(sizes.width, 5 + num_classes, rngs=rngs)
+
+  def __call__(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> dict[str, Any]:
+    """Runs the network.
+
+    Args:
+      batch: uses ``video`` (sides multiples of 32) and ``video_size``.
+      rngs: stream ``dropout``; needed for drop path in training and for another random pruning each step.
+
+    Returns:
+      ``boxes`` ``[L, B, N, 4]`` xyxy in input pixels and ``person_logits`` ``[L, B, N, 2]`` (person first) of all
+      localisation layers, ``action_logits`` ``[L', B, N, K]`` of all decoder blocks, ``frame_size`` ``[B, 4]`` (width,
+      height, width, height); ``block_tokens``, ``kept`` (list of the places of kept tokens after each pruning,
+      ``[B, n]``, counted without the keyframe unless pruning is unified) and the tensors in between.
+    """
+    side = 2 * self.backbone.patch[1]
+    if batch["video"].shape[2] % side or batch["video"].shape[3] % side:
+      raise ValueError(f"video {batch['video'].shape}: height and width must be multiples of {side}")
+    video, pixel_mask = normalize(batch["video"], batch["video_size"], self.compute_dtype)
+    size = jnp.asarray(batch["video_size"])[:, ::-1]
+    frame_size = jnp.concatenate([size, size], -1).astype(jnp.promote_types(video.dtype, jnp.float32))
+
+    out: dict[str, Any] = {"frame_size": frame_size}
+    tokens, places, maps = self.encode(video, pixel_mask, rngs, out)
+    out["fpn"] = self.fpn(maps)
+    boxes = self.localise(out["fpn"], frame_size, out)
+    self.classify(tokens, places, boxes, rngs, out)
+    if self.dense_loss:
+      out["dense"] = self.dense(maps[-1])
+    return out
+
+  def encode(
+    self, video: Array, pixel_mask: Array, rngs: nnx.Rngs | None, out: dict[str, Any]
+  ) -> tuple[Array, "Places", list[Array]]:
+    """ViT with keyframe-centric token pruning (section 3.2).
+
+    Returns:
+      Normed tokens ``[B, n, C]``, protected ones first; their places; keyframe maps ``[B, h, w, C]`` for the pyramid.
+    """
+    embedded = self.backbone.embed(video)
+    batch, t, h, w, width = embedded.shape
+    x = keyframe_first(embedded)
+    mask = None
+    if self.mask_padding:
+      _, ph, pw = self.backbone.patch
+      mask = jnp.repeat(pixel_mask[:, ::ph, ::pw].reshape(batch, 1, h * w), t, axis=1).reshape(batch, -1)
+    protected = 0 if self.pruning == "unified" else h * w
+    places = Places(batch, (t, h, w), protected)
+    if self.pruning == "random" and self.keep_rate < 1:
+      key = rngs.dropout() if rngs is not None else jax.random.key(0)
+      x, mask = places.keep(x, mask, jax.random.uniform(key, (batch, t * h * w)), self.keep_rate)
+
+    out.update(tokens_in=x, block_tokens=[], kept=places.history, importance=[], dropped_tokens=places.dropped)
+    maps = []
+    for index, block in enumerate(self.backbone.blocks):
+      prune = index in self.prune_at and self.keep_rate < 1 and self.pruning != "random"
+      weight = None
+      if prune:
+        weight = jnp.ones(x.shape[1]).at[:protected].set(self.keyframe_weight)
+      x, importance = self.maybe_remat(Block.attention)(block, x, rngs, key_mask=mask, query_weight=weight)
+      if prune:
+        out["importance"].append(importance)
+        x, mask = places.keep(x, mask, importance, self.keep_rate)
+      x = self.maybe_remat(Block.feed_forward)(block, x, rngs)
+      out["block_tokens"].append(x)
+      if index in self.sizes.fpn_at:
+        maps.append(places.keyframe_map(x))
+    if self.decoder_tokens == "all":
+      x, mask = places.bring_back(x, mask)
+    places.mask = mask
+    out["tokens"] = self.backbone.norm(x)
+    return out["tokens"], places, maps
+
+  def localise(self, pyramid: list[Array], frame_size: Array, out: dict[str, Any]) -> Array:
+    """Sparse R-CNN layers on the keyframe (section 3.3): boxes ``[B, N, 4]`` of the last one, in input pixels."""
+    boxes = box_ops.cxcywh_to_xyxy(self.proposals.boxes[...]) * frame_size[:, None]
+    features = jnp.broadcast_to(self.proposals.features[...], (*boxes.shape[:2], self.sizes.head_width))
+    features = features.astype(pyramid[0].dtype)
+    strides = tuple(self.backbone.patch[1] / scale for scale in (4, 2, 1, 0.5))
+    layers = []
+    for layer in self.head:
+      roi, level = pyramid_roi_align(
+        pyramid, boxes, strides=strides, canonical_size=self.sizes.canonical_size
+      )
+      features, logits, refined, dynamic = layer(features, roi, jax.lax.stop_gradient(boxes) if layers else boxes)
+      layers.append(dict(boxes_in=boxes, level=level, roi=roi, dynamic=dynamic, feature=features, logits=logits, boxes=refined))
+      boxes = refined
+    out["head"] = layers
+    out["boxes"] = jnp.stack([layer["boxes"] for layer in layers])
+    out["person_logits"] = jnp.stack([layer["logits"] for layer in layers])
+    return boxes
+
+  def classify(
+    self, tokens: Array, places: "Places", boxes: Array, rngs: nnx.Rngs | None, out: dict[str, Any]
+  ) -> None:
+    """Actor features from the rebuilt map, refined by the decoder (section 3.4)."""
+    narrow = self.decoder.proj(tokens)
+    slots = places.slots(sort=self.token_order == "official" and self.decoder_tokens == "kept")
+    positions = video_positions(narrow.shape[-1], places.grid, self.sizes.trained_side)
+    positions = keyframe_first(jnp.asarray(positions, narrow.dtype)[None])[0]
+    restored = places.restore(narrow, slots, self.decoder.mask_token[...].astype(narrow.dtype))
+    restored = keyframe_back(restored + positions, places.grid)  # [B, t, h, w, D]
+
+    extended = extend_boxes(jax.lax.stop_gradient(boxes), self.roi_extension, out["frame_size"])
+    batch, t, h, w, dim = restored.shape
+    slices = restored.transpose(0, 2, 3, 1, 4).reshape(batch, h, w, t * dim)
+    pooled = roi_align(slices, extended, scale=1 / self.backbone.patch[1])
+    actors = pooled.reshape(*pooled.shape[:4], t, dim).max((2, 3)).mean(2)
+    x = jnp.concatenate([narrow + positions[slots], actors.astype(narrow.dtype)], axis=1)
+    out.update(narrow_tokens=narrow, restored=restored, extended_boxes=extended, actor_features=actors, decoder_in=x)
+
+    mask = None
+    if places.mask is not None:
+      mask = jnp.concatenate([places.mask, jnp.ones(actors.shape[:2], bool)], axis=1)
+    logits, out["decoder_tokens"] = [], []
+    for block in self.decoder.blocks:
+      x = self.maybe_remat(Block.__call__)(block, x, rngs, key_mask=mask)
+      out["decoder_tokens"].append(x)
+    sources = out["decoder_tokens"] or [x]
+    for source, classifier in zip(sources, self.decoder.classifiers, strict=True):
+      logits.append(classifier(source[:, -actors.shape[1] :]))
+    out["action_logits"] = jnp.stack(logits)
+
+  def maybe_remat(self, function: Any) -> Any:
+    """The function itself, or one that recomputes its activations in the backward pass."""
+    return nnx.remat(function) if self.remat else function
+
+  def costs(self, out: dict[str, Any], batch: Batch) -> Array:
+    """Matching costs ``[L, B, N, M]``: 5 L1 - 2 p(person) - 2 GIoU (section 3.5)."""
+    l1, giou = losses.box_costs(out["boxes"] / out["frame_size"][:, None], jnp.asarray(batch["boxes"])[None])
+    person = jax.nn.softmax(out["person_logits"].astype(l1.dtype), -1)[..., :1]
+    return 5 * l1 - 2 * person - 2 * giou
+
+  def loss(self, out: dict[str, Any], batch: Batch, match: Array | None) -> tuple[Array, dict[str, Array]]:
+    """Set prediction loss of every localisation layer and action loss of every decoder block (section 3.5).
+
+    The total is the sum of the weighted terms over their number, as in the official code.
+
+    Args:
+      out: what the network returned.
+      batch: uses ``boxes``, ``labels``, ``box_mask`` and ``key`` (rows of key -1 do not count).
+      match: ``[L, B, N, M]`` bool, which proposal is which actor.
+
+    Returns:
+      Scalar, and the weighted terms by name; ``_i`` marks those of earlier layers.
+    """
+    assert match is not None
+    targets, labels = jnp.asarray(batch["boxes"]), jnp.asarray(batch["labels"])
+    real = jnp.asarray(batch["key"]) >= 0
+    num_actors = jnp.maximum((jnp.asarray(batch["box_mask"]) & real[:, None]).sum(), 1)
+    match = match & real[:, None, None]
+    l1, giou = losses.box_costs(out["boxes"] / out["frame_size"][:, None], targets[None])
+    terms = {}
+    last = out["boxes"].shape[0] - 1
+    for layer in range(last + 1):
+      suffix = "" if layer == last else f"_{layer}"
+      person = match[layer].any(-1)
+      terms["loss_person" + suffix] = 2 * person_loss(out["person_logits"][layer], person, real[:, None])
+      terms["loss_box" + suffix] = 5 * losses.masked_sum(l1[layer], match[layer]) / num_actors
+      terms["loss_giou" + suffix] = 2 * losses.masked_sum(1 - giou[layer], match[layer]) / num_actors
+    matched = match[last].any(-1)
+    wanted = jnp.einsum("bnm,bmk->bnk", match[last].astype(labels.dtype), labels)
+    last = len(out["action_logits"]) - 1
+    for layer, logits in enumerate(out["action_logits"]):
+      entropy = losses.binary_cross_entropy(logits, wanted)
+      mean = losses.masked_sum(entropy, matched[..., None]) / (jnp.maximum(matched.sum(), 1) * self.num_classes)
+      terms["loss_action" + ("" if layer == last else f"_{layer}")] = self.action_loss * mean
+    total = sum(terms.values()) / len(terms)
+    if self.dense_loss:
+      terms["loss_dense"] = self.dense_loss * dense_token_loss(out["dense"], out["frame_size"], batch, self.backbone.patch[1])
+      total = total + terms["loss_dense"]
+    return jnp.asarray(total), terms
+
+  def detections(self, out: dict[str, Any], batch: Batch) -> Detections:
+    """Boxes of the last layer clipped to the frame, person probability, action probabilities."""
+    frame = out["frame_size"][:, None]
+    boxes = jnp.clip(out["boxes"][-1], 0, frame - 1) / frame
+    exact = jnp.promote_types(out["action_logits"].dtype, jnp.float32)
+    person = jax.nn.softmax(out["person_logits"][-1].astype(exact), -1)[..., 0]
+    real = jnp.broadcast_to(jnp.asarray(batch["key"])[:, None] >= 0, person.shape)
+    return Detections(boxes, person, jax.nn.sigmoid(out["action_logits"][-1].astype(exact)), real)
+
+
+# --- Parts of the network -------------------------------------------------------------------------------------------
+
+
+class Places:
+  """Where each token of the stream came from, while tokens are dropped.
+
+  The stream holds ``protected`` tokens that are never dropped (the keyframe's), then the rest. ``history`` lists the
+  places of the rest after each pruning, counted from the first unprotected place of the keyframe-first sequence.
+  """
+
+  def __init__(self, batch: int, grid: tuple[int, int, int], protected: int):
+    self.grid, self.protected = grid, protected
+    self.key_tokens, self.total = grid[1] * grid[2], math.prod(grid)
+    self.kept = jnp.broadcast_to(jnp.arange(self.total - protected), (batch, self.total - protected))
+    self.history: list[Array] = []
+    self.dropped: list[tuple[Array, Array, Array | None]] = []  # tokens, places, mask at each pruning
+    self.mask: Array | None = None
+
+  def keep(self, x: Array, mask: Array | None, importance: Array, rate: float) -> tuple[Array, Array | None]:
+    """Keeps the most important ``ceil(rate * tokens)`` tokens, protected ones included, in descending order."""
+    count = max(math.ceil(rate * x.shape[1]) - self.protected, 0)
+    rest = x[:, self.protected :]
+    if count >= rest.shape[1]:
+      self.history.append(self.kept)
+      return x, mask
+    importance = importance[:, self.protected :]
+    if mask is not None:
+      importance = jnp.where(mask[:, self.protected :], importance, -1)
+    order = jax.lax.top_k(importance, rest.shape[1])[1]
+
+    def split(values: Array, index: Array) -> Array:
+      return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), axis=1)
+
+    chosen, others = order[:, :count], order[:, count:]
+    rest_mask = None if mask is None else mask[:, self.protected :]
+    self.dropped.append((split(rest, others), split(self.kept, others), None if rest_mask is None else split(rest_mask, others)))
+    self.kept = split(self.kept, chosen)
+    self.history.append(self.kept)
+    x = jnp.concatenate([x[:, : self.protected], split(rest, chosen)], axis=1)
+    if mask is not None and rest_mask is not None:
+      mask = jnp.concatenate([mask[:, : self.protected], split(rest_mask, chosen)], axis=1)
+    return x, mask
+
+  def bring_back(self, x: Array, mask: Array | None) -> tuple[Array, Array | None]:
+    """Appends every dropped token as it was when it was dropped."""
+    for tokens, places, dropped_mask in self.dropped:
+      x = jnp.concatenate([x, tokens], axis=1)
+      self.kept = jnp.concatenate([self.kept, places], axis=1)
+      if mask is not None and dropped_mask is not None:
+        mask = jnp.concatenate([mask, dropped_mask], axis=1)
+    return x, mask
+
+  def slots(self, *, sort: bool) -> Array:
+    """Place ``[B, n]`` of every token of the stream in the keyframe-first sequence; ``sort``: the official mix-up."""
+    rest = (jnp.sort(self.kept, axis=1) if sort else self.kept) + self.protected
+    first = jnp.broadcast_to(jnp.arange(self.protected), (len(rest), self.protected))
+    return jnp.concatenate([first, rest], axis=1)
+
+  def restore(self, x: Array, slots: Array, fill: Array) -> Array:
+    """Puts tokens ``[B, n, C]`` into their slots of the whole sequence ``[B, N, C]``, ``fill`` elsewhere."""
+    full = jnp.broadcast_to(fill, (x.shape[0], self.total, x.shape[-1]))
+    return full.at[jnp.arange(x.shape[0])[:, None], slots].set(x)
+
+  def keyframe_map(self, x: Array) -> Array:
+    """Tokens of the keyframe ``[B, h, w, C]``; zeros where they were dropped."""
+    if self.protected < self.key_tokens:
+      x = self.restore(x, self.slots(sort=False), jnp.zeros((), x.dtype))
+    return x[:, : self.key_tokens].reshape(x.shape[0], *self.grid[1:], x.shape[-1])
+
+
+def keyframe_first(x: Array) -> Array:
+  """``[B, t, h, w, C]`` to ``[B, N, C]`` with the slice ``t // 2`` moved to the front."""
+  middle = x.shape[1] // 2
+  x = jnp.concatenate([x[:, middle : middle + 1], x[:, :middle], x[:, middle + 1 :]], axis=1)
+  return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def keyframe_back(x: Array, grid: tuple[int, int, int]) -> Array:
+  """Undoes ``keyframe_first``."""
+  x = x.reshape(x.shape[0], *grid, x.shape[-1])
+  middle = grid[0] // 2
+  return jnp.concatenate([x[:, 1 : middle + 1], x[:, :1], x[:, middle + 1 :]], axis=1)
+
+
+class Proposals(nnx.Module):
+  """Learnt boxes (normalised cxcywh, the whole frame at first) and features."""
+
+  def __init__(self, count: int, dim: int, *, rngs: nnx.Rngs):
+    self.boxes = nnx.Param(jnp.tile(jnp.array([0.5, 0.5, 1.0, 1.0]), (count, 1)))
+    self.features = nnx.Param(rngs.params.normal((count, dim)))
+
+
+class LocalisationLayer(nnx.Module):
+  """Sparse R-CNN layer (Sun et al., CVPR 2021): proposals see each other, then their own region, then move."""
+
+  def __init__(self, sizes: Variant, *, dtype: jnp.dtype | None, rngs: nnx.Rngs):
+    dim, hidden = sizes.head_width, sizes.head_dynamic
+
+    def linear(inputs: int, outputs: int, use_bias: bool = True) -> nnx.Linear:
+      return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
+
+    def norm(features: int) -> nnx.LayerNorm:
+      return nnx.LayerNorm(features, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+    self.self_attn = SelfAttention(dim, 8, key_bias=True, dtype=dtype, rngs=rngs)
+    self.dynamic_layer = linear(dim, 2 * dim * hidden)
+    self.dynamic_norm1, self.dynamic_norm2, self.dynamic_norm3 = norm(hidden), norm(dim), norm(dim)
+    self.out_layer = linear(49 * dim, dim)
+    self.linear1, self.linear2 = linear(dim, sizes.head_hidden), linear(sizes.head_hidden, dim)
+    self.norm1, self.norm2, self.norm3 = norm(dim), norm(dim), norm(dim)
+    self.person = nnx.List([linear(dim, dim, use_bias=False), norm(dim)])
+    self.person_logits = linear(dim, 2)
+    self.box = nnx.List([part for _ in range(3) for part in (linear(dim, dim, use_bias=False), norm(dim))])
+    self.box_deltas = linear(dim, 4)
+
+  def __call__(self, x: Array, roi: Array, boxes: Array) -> tuple[Array, Array, Array, Array]:
+    """One refinement.
+
+    Args:
+      x: ``[B, N, C]`` proposal features.
+      roi: ``[B, N, 7, 7, C]`` region features.
+      boxes: ``[B, N, 4]`` xyxy in input pixels.
+
+    Returns:
+      New features, person logits ``[B, N, 2]`` (person first), new boxes, and what the region told.
+    """
+    x = self.norm1(x + self.self_attn(x)[0])
+    dynamic = self.interact(x, roi)
+    x = self.norm2(x + dynamic)
+    x = self.norm3(x + self.linear2(jax.nn.relu(self.linear1(x))))
+    person, box = x, x
+    for linear, norm in zip(self.person[::2], self.person[1::2], strict=True):
+      person = jax.nn.relu(norm(linear(person)))
+    for linear, norm in zip(self.box[::2], self.box[1::2], strict=True):
+      box = jax.nn.relu(norm(linear(box)))
+    return x, self.person_logits(person), apply_deltas(boxes, self.box_deltas(box)), dynamic
+
+  def interact(self, x: Array, roi: Array) -> Array:
+    """Dynamic convolution: two linear layers, made from the proposal, over the bins of its region."""
+    batch, count, dim = x.shape
+    first, second = jnp.split(self.dynamic_layer(x), 2, axis=-1)
+    bins = roi.reshape(batch, count, -1, dim)
+    bins = jnp.einsum("bnsc,bncd->bnsd", bins, first.reshape(batch, count, dim, -1))
+    bins = jax.nn.relu(self.dynamic_norm1(bins))
+    bins = jnp.einsum("bnsd,bndc->bnsc", bins, second.reshape(batch, count, -1, dim))
+    bins = jax.nn.relu(self.dynamic_norm2(bins))
+    return jax.nn.relu(self.dynamic_norm3(self.out_layer(bins.reshape(batch, count, -1))))
+
+
+class ContextDecoder(nnx.Module):
+  """Narrowing projection, learnt empty token, blocks over tokens and actors, a classifier after each block."""
+
+  def __init__(
+    self, sizes: Variant, depth: int, num_classes: int, drop_path: float, *, dtype: jnp.dtype | None, rngs: nnx.Rngs
+  ):
+    dim = sizes.decoder_width
+    self.proj = nnx.Linear(sizes.width, dim, use_bias=False, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
+    self.mask_token = nnx.Param(_XAVIER(rngs.params(), (1, dim))[0])
+    rates = np.linspace(0, drop_path, depth) if depth else ()
+    self.blocks = nnx.List(
+      [Block(dim, sizes.decoder_heads, drop_path=float(rate), dtype=dtype, rngs=rngs) for rate in rates]
+    )
+    self.classifiers = nnx.List(
+      [ActionClassifier(dim, sizes.classifier_width, num_classes, dtype=dtype, rngs=rngs) for _ in range(max(depth, 1))]
+    )
+
+
+class ActionClassifier(nnx.Module):
+  """Linear, LayerNorm, ReLU, Linear: ``[..., D]`` to ``[..., K]``."""
+
+  def __init__(self, dim: int, hidden: int, num_classes: int, *, dtype: jnp.dtype | None, rngs: nnx.Rngs):
+    self.hidden = nnx.Linear(dim, hidden, use_bias=False, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
+    self.norm = nnx.LayerNorm(hidden, epsilon=1e-5, dtype=dtype, rngs=rngs)
+    self.logits = nnx.Linear(hidden, num_classes, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: Array) -> Array:
+    return self.logits(jax.nn.relu(self.norm(self.hidden(x))))
+
+
+_XAVIER = nnx.initializers.xavier_uniform()
+
+
+def normalize(video: Array, video_size: Array, dtype: jnp.dtype | None) -> tuple[Array, Array]:
+  """Normalises a uint8 video (a floating-point one is taken as normalised) and zeroes its padding.
+
+  Returns:
+    Video ``[B, T, H, W, 3]``, and the mask ``[B, H, W]`` of pixels that are not padding.
+  """
+  video, size = jnp.asarray(video), jnp.asarray(video_size)
+  if video.dtype == jnp.uint8:
+    video = (video.astype(jnp.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
+  inside_y = jnp.arange(video.shape[2]) < size[:, :1]
+  inside_x = jnp.arange(video.shape[3]) < size[:, 1:]
+  mask = inside_y[:, :, None] & inside_x[:, None, :]
+  video = jnp.where(mask[:, None, :, :, None], video, 0)
+  return video if dtype is None else video.astype(dtype), mask
+
+
+def apply_deltas(boxes: Array, deltas: Array) -> Array:
+  """Moves and scales xyxy boxes (Faster R-CNN's coding, weights 2, 2, 1, 1, growth limited)."""
+  deltas = deltas.astype(boxes.dtype)
+  center, size = jnp.split(box_ops.xyxy_to_cxcywh(boxes), 2, axis=-1)
+  center = center + deltas[..., :2] / 2 * size
+  size = size * jnp.exp(jnp.minimum(deltas[..., 2:], math.log(100_000 / 16)))
+  return box_ops.cxcywh_to_xyxy(jnp.concatenate([center, size], -1))
+
+
+def extend_boxes(boxes: Array, extension: tuple[float, float], frame_size: Array) -> Array:
+  """Grows xyxy pixel boxes by the given shares of width and height, then clips them to the frame."""
+  margin = jnp.asarray(extension, boxes.dtype) * (boxes[..., 2:] - boxes[..., :2] + 1) / 2
+  grown = jnp.concatenate([boxes[..., :2] - margin, boxes[..., 2:] + margin], -1)
+  return jnp.clip(grown, 0, frame_size[:, None] - 1)
+
+
+def person_loss(logits: Array, person: Array, real: Array) -> Array:
+  """Softmax cross-entropy ``[B, N, 2]``, background weighing 0.1, over the sum of weights; ``real`` ``[B, 1]``."""
+  log_probability = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), -1)
+  weight = jnp.where(person, 1.0, 0.1) * real
+  entropy = -jnp.where(person, log_probability[..., 0], log_probability[..., 1])
+  return (weight * entropy).sum() / jnp.maximum(weight.sum(), 1e-6)
+
+
+def dense_token_loss(dense: Array, frame_size: Array, batch: Batch, stride: int) -> Array:
+  """Person, box and action loss of every keyframe token on its own, to wake up a backbone that starts from scratch.
+
+  A token belongs to the smallest actor whose box holds its centre, and predicts the distances to that box's sides (as in
+  FCOS, Tian et al., ICCV 2019).
+
+  Args:
+    dense: ``[B, h, w, 1 + 4 + K]`` person logit, log distances in token strides, action logits.
+    frame_size: ``[B, 4]``.
+    batch: uses ``boxes``, ``labels``, ``box_mask`` and ``key``.
+    stride: pixels per token.
+  """
+  height, width = dense.shape[1:3]
+  rows, columns = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
+  center = jnp.stack([columns, rows], -1)[:, :, None] * stride  # [h, w, 1, 2]
+  targets = (jnp.asarray(batch["boxes"]) * frame_size[:, None])[:, None, None]  # [B, 1, 1, M, 4]
+  usable = jnp.asarray(batch["box_mask"]) & (jnp.asarray(batch["key"]) >= 0)[:, None]
+  inside = (center > targets[..., :2]).all(-1) & (center < targets[..., 2:]).all(-1) & usable[:, None, None]
+  area = jnp.where(inside, box_ops.area(targets), jnp.inf)
+  owner = jnp.argmin(area, -1)
+  person = inside.any(-1)
+  count = jnp.maximum(person.sum(), 1)
+
+  box = jnp.take_along_axis(targets, owner[..., None, None], axis=3)[..., 0, :]
+  labels = jnp.take_along_axis(jnp.asarray(batch["labels"])[:, None, None], owner[..., None, None], axis=3)[..., 0, :]
+  distance = jnp.exp(jnp.clip(dense[..., 1:5], -5, 5)) * stride
+  predicted = jnp.concatenate([center[:, :, 0] - distance[..., :2], center[:, :, 0] + distance[..., 2:]], -1)
+  loss_person = losses.focal_loss(dense[..., 0], person.astype(dense.dtype)).sum() / count
+  loss_box = losses.masked_sum(1 - box_ops.generalized_iou(predicted, box), person) / count
+  entropy = losses.binary_cross_entropy(dense[..., 5:], labels)
+  return loss_person + loss_box + losses.masked_sum(entropy.sum(-1), person) / count
+
+
+def _check(name: str, value: str, allowed: Any) -> None:
+  if value not in allowed:
+    raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
+
+
+# --- Published weights ----------------------------------------------------------------------------------------------
+
+# (our path, official name) as regular expressions; leaves are renamed and transposed by kind (see vad_jax.convert).
+REFERENCE_NAMES = (
+  *((rf"backbone\.{ours}", theirs) for ours, theirs in vit.REFERENCE_NAMES),
+  (r"fpn\.(lateral|output)\.(\d+)\.(.*)", lambda m: f"fpn_{m[1]}{int(m[2]) + 2}.{m[3]}"),
+  (r"proposals\.(boxes|features)", r"init_proposal_\1.weight"),
+  (r"head\.(\d+)\.self_attn\.qkv\.(.*)", r"det_head.s0_headseries.\1.self_attn.in_proj_\2"),
+  (r"head\.(\d+)\.self_attn\.proj\.(.*)", r"det_head.s0_headseries.\1.self_attn.out_proj.\2"),
+  (r"head\.(\d+)\.(dynamic_layer|out_layer)\.(.*)", r"det_head.s0_headseries.\1.inst_interact.\2.\3"),
+  (r"head\.(\d+)\.dynamic_(norm\d)\.(.*)", r"det_head.s0_headseries.\1.inst_interact.\2.\3"),
+  (r"head\.(\d+)\.person\.(\d)\.(.*)", r"det_head.s0_headseries.\1.cls_module.\2.\3"),
+  (r"head\.(\d+)\.box\.(\d)\.(.*)", lambda m: f"det_head.s0_headseries.{m[1]}.reg_module.{int(m[2]) // 2 * 3 + int(m[2]) % 2}.{m[3]}"),
+  (r"head\.(\d+)\.person_logits\.(.*)", r"det_head.s0_headseries.\1.class_logits.\2"),
+  (r"head\.(\d+)\.box_deltas\.(.*)", r"det_head.s0_headseries.\1.bboxes_delta.\2"),
+  (r"head\.(.*)", r"det_head.s0_headseries.\1"),
+  (r"decoder\.proj\.(.*)", r"det_head.encoder_to_decoder.\1"),
+  (r"decoder\.mask_token", r"det_head.mask_token"),
+  (r"decoder\.classifiers\.(\d+)\.hidden\.(.*)", r"det_head.decoder.blocks.\1.act_module.0.\2"),
+  (r"decoder\.classifiers\.(\d+)\.norm\.(.*)", r"det_head.decoder.blocks.\1.act_module.1.\2"),
+  (r"decoder\.classifiers\.(\d+)\.logits\.(.*)", r"det_head.decoder.blocks.\1.action_logits.\2"),
+  (r"decoder\.(blocks\..*)", r"det_head.decoder.\1"),
+)
+REFERENCE_SKIP = (r"criterion\.empty_weight",)  # a constant of the loss
