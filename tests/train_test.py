@@ -1,0 +1,199 @@
+"""The training loop on a stand-in system: resume, meshes, stops."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from tests import stand_in
+from vad_jax import optim, sharding, train
+from vad_jax.checkpoint import Checkpoints
+
+SCHEDULE = optax.schedules.linear_schedule(1e-2, 1e-3, 12)
+
+
+def run(
+  workdir: Path, num_steps: int, *, batches: Any = None, devices: int = 1, mesh: Any = None, **kwargs: Any
+):
+  """Trains the stand-in; returns the result, what was written, and the checkpoints' directory."""
+  writer = stand_in.Writer()
+  with Checkpoints(workdir) as checkpoints:
+    result = train.train(
+      stand_in.make_model,
+      batches or stand_in.batches(),
+      num_steps=num_steps,
+      make_optimizer=partial(
+        optim.make_optimizer, learning_rate=SCHEDULE, weight_decay=0.01, groups=(("parts", 2.0),)
+      ),
+      learning_rate=SCHEDULE,
+      mesh=sharding.make_mesh(mesh or {"data": -1}, jax.devices()[:devices]),
+      checkpoints=checkpoints,
+      info=stand_in.INFO,
+      writer=writer,
+      **{"log_every": 2, "save_every": 2, **kwargs},
+    )
+  return result, writer.scalars
+
+
+def assert_equal(a: Any, b: Any) -> None:
+  jax.tree.map_with_path(lambda path, x, y: np.testing.assert_array_equal(x, y, str(path)), a, b)
+
+
+class Spy:
+  """Notes the keys of the batches that pass, and acts before one of them; saved and restored as what it wraps."""
+
+  def __init__(self, batches: Iterator[Any], at: int = -1, act: Any = None):
+    self.keys: list[list[int]] = []
+    self._batches, self._at, self._act = batches, at, act
+    self.save, self.load = batches.save, batches.load
+
+  def __next__(self) -> Any:
+    batch = next(self._batches)
+    if len(self.keys) == self._at:
+      batch = self._act(batch) or batch
+    self.keys.append(batch["key"].tolist())
+    return batch
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_resume_is_exact(tmp_path: Path, ema_decay: float | None) -> None:
+  straight, resumed = Spy(stand_in.batches()), Spy(stand_in.batches())
+  expected, scalars = run(tmp_path / "a", 6, batches=straight, ema_decay=ema_decay)
+  run(tmp_path / "b", 3, ema_decay=ema_decay)
+  actual, rest = run(tmp_path / "b", 6, batches=resumed, ema_decay=ema_decay)
+  assert_equal(expected.state, actual.state)
+  assert straight.keys[3:] == resumed.keys
+  assert rest[6]["train/loss"] == scalars[6]["train/loss"]
+  assert ("ema" in actual.state) == (ema_decay is not None)
+
+
+KILLED = """
+import os
+from tests import conftest, train_test, stand_in
+from pathlib import Path
+def die(batch):
+  os.kill(os.getpid(), 9)
+train_test.run(Path({workdir!r}), 8, batches=train_test.Spy(stand_in.batches(), at=5, act=die))
+"""
+
+
+def test_resume_after_sigkill(tmp_path: Path) -> None:
+  root = Path(__file__).parents[1]
+  killed = subprocess.run(
+    [sys.executable, "-c", KILLED.format(workdir=str(tmp_path / "b"))],
+    cwd=root,
+    capture_output=True,
+    check=False,
+  )
+  assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+  spy = Spy(stand_in.batches())
+  actual, _ = run(tmp_path / "b", 8, batches=spy)
+  straight = Spy(stand_in.batches())
+  expected, _ = run(tmp_path / "a", 8, batches=straight)
+  assert 0 < actual.steps < 8
+  assert_equal(expected.state, actual.state)
+  assert straight.keys[-actual.steps :] == spy.keys
+
+
+@pytest.mark.parametrize(
+  "mesh, strategy", [({"data": 8}, "replicate"), ({"fsdp": 8}, "fsdp"), ({"data": 4, "fsdp": 2}, "fsdp")]
+)
+@pytest.mark.parametrize("matcher", ["device", "scipy"])
+def test_eight_devices_equal_one(tmp_path: Path, mesh: Any, strategy: str, matcher: Any) -> None:
+  one, scalars_one = run(tmp_path / "one", 3, matcher=matcher)
+  many, scalars = run(tmp_path / "many", 3, matcher=matcher, devices=8, mesh=mesh, sharding=strategy)
+  kernel = many.state["params"]["hidden"]["kernel"]
+  assert len(kernel.sharding.device_set) == 8
+  assert kernel.is_fully_replicated == (strategy == "replicate")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one.state, many.state)
+  for step, values in scalars_one.items():
+    for name in ("train/loss", "train/loss_box", "train/grad_norm"):
+      assert scalars[step][name] == pytest.approx(values[name], rel=1e-5)
+
+
+def test_learns_and_writes(tmp_path: Path) -> None:
+  _, scalars = run(tmp_path, 12)
+  assert scalars[12]["train/loss"] < 0.8 * scalars[1]["train/loss"]
+  assert scalars[1]["train/learning_rate"] == pytest.approx(1e-2)
+  assert set(scalars[12]) == {
+    f"train/{name}"
+    for name in (
+      *("loss", "loss_box", "loss_action", "loss_actor"),
+      *("grad_norm", "learning_rate", "steps_per_second", "data_wait_share"),
+    )
+  }
+
+
+def test_nan_stops_and_names_keys(tmp_path: Path) -> None:
+  spy = Spy(stand_in.batches(), at=2, act=lambda batch: {**batch, "boxes": batch["boxes"] * np.nan})
+  with pytest.raises(train.NonFiniteError, match="step 3: .*loss_box") as error:
+    run(tmp_path, 8, batches=spy, log_every=4, save_every=4)
+  assert str(spy.keys[2]) in str(error.value)
+  assert not list((tmp_path / "last").iterdir())
+
+
+@pytest.mark.parametrize("number, reason", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "preempted")])
+def test_signal_saves_and_stops(tmp_path: Path, number: int, reason: str, capfd: Any) -> None:
+  before = signal.getsignal(number)
+  spy = Spy(stand_in.batches(), at=2, act=lambda batch: os.kill(os.getpid(), number))
+  stopped, _ = run(tmp_path / "b", 6, batches=spy, save_every=100)
+  assert (stopped.stopped, stopped.steps) == (reason, 3)
+  assert signal.getsignal(number) is before
+  assert "saving" in capfd.readouterr().err
+  actual, _ = run(tmp_path / "b", 6)
+  expected, _ = run(tmp_path / "a", 6)
+  assert actual.steps == 3
+  assert_equal(expected.state, actual.state)
+
+
+def test_second_interrupt_aborts(tmp_path: Path) -> None:
+  def twice(_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, 6, batches=Spy(stand_in.batches(), at=2, act=twice))
+
+
+def test_evaluates_and_keeps_the_best(tmp_path: Path) -> None:
+  scores = iter([0.1, 0.5, 0.3])
+
+  def evaluate(predict: Any, stop: Any) -> dict[str, float]:
+    assert predict(next(stand_in.batches())).boxes.shape == (8, 4, 4)
+    assert not stop()
+    return {"frame_map_50": next(scores)}
+
+  _, scalars = run(tmp_path, 5, evaluate_every=2, evaluate=evaluate)
+  assert {
+    step: values["eval/frame_map_50"] for step, values in scalars.items() if "eval/frame_map_50" in values
+  } == {
+    2: 0.1,
+    4: 0.5,
+    5: 0.3,
+  }
+  assert [path.name for path in (tmp_path / "best").iterdir()] == ["4"]
+  assert Checkpoints(tmp_path).best_info()["metrics"] == {"step": 4, "frame_map_50": 0.5}
+
+
+def test_stop_while_evaluating_repeats_the_evaluation(tmp_path: Path) -> None:
+  def interrupted(_: Any, stop: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop()
+
+  result, _ = run(tmp_path, 4, evaluate_every=2, evaluate=interrupted)
+  assert (result.stopped, result.steps) == ("preempted", 2)
+  seen = []
+  result, scalars = run(
+    tmp_path, 4, evaluate_every=2, evaluate=lambda *_: seen.append(1) or {"frame_map_50": 0.2}
+  )
+  assert (result.steps, len(seen)) == (2, 2)
+  assert "eval/frame_map_50" in scalars[2]

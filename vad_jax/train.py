@@ -1,0 +1,355 @@
+"""The training loop: any system, any data, any mesh.
+
+The state is a plain dictionary ``{step, params, rest, opt, ema?}`` of arrays; a step is a pure function of
+state and batch, and its randomness is derived from seed and step. So a checkpoint is numbers only, and a run
+that was stopped goes on exactly as if it had not been.
+"""
+
+import functools
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vad_jax import progress
+from vad_jax.batch import Array, Batch, Detections
+from vad_jax.checkpoint import Checkpoints, Info, State, split_model
+from vad_jax.ops.matching import Method, match
+from vad_jax.sharding import infer_sharding, to_global
+
+PredictFn = Callable[[Batch], Detections]
+EvaluateFn = Callable[[PredictFn, Callable[[], bool]], dict[str, float] | None]
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+  """A loss term or the gradient became NaN or infinite; the message names step, terms and batch keys."""
+
+
+class ScalarWriter(Protocol):
+  """Where numbers go; CLU's metric writers are of this form."""
+
+  def write_scalars(self, step: int, scalars: dict[str, float]) -> None: ...
+
+
+class Result(NamedTuple):
+  """How a training ended.
+
+  Attributes:
+    state: the final state.
+    stopped: ``interrupted`` (ctrl-C), ``preempted`` (SIGTERM), or empty where all steps were made.
+    compile_seconds: compilation of the step.
+    train_seconds: time in steps of this process, without compilation, evaluation and saving.
+    steps: steps made by this process.
+  """
+
+  state: State
+  stopped: str
+  compile_seconds: float
+  train_seconds: float
+  steps: int
+
+
+def train(
+  make_model: Callable[[nnx.Rngs], Any],
+  batches: Iterator[Batch],
+  *,
+  num_steps: int,
+  make_optimizer: Callable[[Any], optax.GradientTransformation],
+  learning_rate: optax.Schedule,
+  mesh: Mesh,
+  checkpoints: Checkpoints,
+  info: Info,
+  writer: ScalarWriter,
+  sharding: str = "replicate",
+  matcher: Method = "device",
+  ema_decay: float | None = None,
+  seed: int = 0,
+  log_every: int = 50,
+  save_every: int = 500,
+  evaluate_every: int = 0,
+  evaluate: EvaluateFn | None = None,
+  monitor: str = "frame_map_50",
+) -> Result:
+  """Trains until ``num_steps``, from the last checkpoint where there is one.
+
+  Args:
+    make_model: builds the system; see ``vad_jax.models.System``.
+    batches: endless grain iterator of this process's share of the batches.
+    num_steps: steps in all, those before a resume included.
+    make_optimizer: from (abstract) parameters to the optimizer.
+    learning_rate: what the optimizer uses, to be logged.
+    mesh: see ``vad_jax.sharding.make_mesh``.
+    checkpoints: where to resume from and save to.
+    info: stored with the checkpoints; see ``vad_jax.checkpoint.Loaded``.
+    writer: gets the mean of every loss term, gradient norm and so on over the last ``log_every`` steps.
+    sharding: ``replicate`` or ``fsdp``.
+    matcher: ``device`` or ``scipy``.
+    ema_decay: keeps an exponential moving average of the parameters, which is then evaluated and saved as the
+      best.
+    seed: of the parameters and of all randomness in the steps.
+    log_every: steps.
+    save_every: steps.
+    evaluate_every: steps; the last step is evaluated in any case.
+    evaluate: from a function that predicts, and one that says whether to stop, to scores; None where it was
+      stopped.
+    monitor: the score by which the best checkpoint is chosen.
+
+  Raises:
+    NonFiniteError: a loss term or the gradient is not finite; nothing is saved after it.
+    CheckpointError: the checkpoint does not fit, or none is whole, or saving failed.
+  """
+  graphdef, optimizer, abstract, init = _prepare(
+    make_model, make_optimizer, mesh, sharding, ema_decay is not None, seed
+  )
+  restored = checkpoints.restore(abstract, batches)
+  state, info = restored or (init(), {**info, "metrics": {}})
+  step = first = int(state["step"])
+  train_step = make_train_step(
+    graphdef, optimizer, learning_rate, seed=seed, matcher=matcher, ema_decay=ema_decay
+  )
+  compiled, compile_seconds = None, 0.0
+  predict = jax.jit(make_predict(graphdef))
+  best = (checkpoints.best_info() or {"metrics": {}})["metrics"].get(monitor, -np.inf)
+  meter = _Meter(writer)
+  if restored:
+    logger.info("resumed from step %d", step)
+
+  with jax.set_mesh(mesh), _StopRequest() as stop, progress.bar("train", num_steps, start=step) as advance:
+    changed = False  # since the last save
+    while True:
+      due = step == num_steps or (evaluate_every and step % evaluate_every == 0)
+      if (
+        evaluate and step and due and info["metrics"].get("step") != step
+      ):  # a resume makes up for a missed one
+        meter.flush(step)
+        scores = evaluate(functools.partial(predict, state.get("ema", state["params"]), state["rest"]), stop)
+        if scores is not None:
+          writer.write_scalars(step, {f"eval/{name}": value for name, value in scores.items()})
+          info, changed = {**info, "metrics": {"step": step, **scores}}, True
+          if scores[monitor] > best:
+            best = scores[monitor]
+            checkpoints.save_best(state, {**info, "step": step})
+        meter.restart()
+      done = step == num_steps or stop()
+      if changed and (done or step % save_every == 0):
+        meter.flush(step)  # raises rather than save a state that is not finite
+        checkpoints.save(state, batches, {**info, "step": step})
+        meter.restart()
+        changed = False
+      if done:
+        break
+      begun = time.perf_counter()
+      host_batch = next(batches)
+      meter.waited(time.perf_counter() - begun)
+      batch = to_global(host_batch, mesh)
+      if compiled is None:
+        compiled, compile_seconds = _compile(train_step, state, batch)
+        meter.restart()
+      state, metrics = compiled(state, batch)
+      step, changed = step + 1, True
+      meter.add(step, metrics, host_batch["key"])
+      advance(note=meter.flush(step) if step % log_every == 0 or step == first + 1 else "")
+    meter.flush(step)
+    checkpoints.wait()
+  return Result(state, stop.reason, compile_seconds, meter.train_seconds, step - first)
+
+
+def make_train_step(
+  graphdef: Any,
+  optimizer: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+  *,
+  seed: int,
+  matcher: Method,
+  ema_decay: float | None,
+) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
+  """Makes the pure function of one step: state and batch to the next state and scalars."""
+
+  def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+    key = jax.random.fold_in(jax.random.key(seed), state["step"])
+
+    def loss_fn(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
+      model = nnx.merge(graphdef, params, state["rest"])
+      model = nnx.view(model, raise_if_not_found=False, deterministic=False)
+      out = model(batch, rngs=nnx.Rngs(key))
+      costs = model.costs(out, batch)
+      mask = None if costs is None else match(costs, batch["box_mask"], matcher)
+      loss, terms = model.loss(out, batch, mask)
+      return loss, (terms, split_model(model)[2])
+
+    (loss, (terms, rest)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
+    updates, opt = optimizer.update(grads, state["opt"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    scalars = {
+      **terms,
+      "loss": loss,
+      "grad_norm": optax.tree.norm(grads),
+      "learning_rate": learning_rate(state["step"]),
+    }
+    state = {**state, "step": state["step"] + 1, "params": params, "rest": rest, "opt": opt}
+    if ema_decay is not None:
+      state["ema"] = optax.incremental_update(params, state["ema"], 1 - ema_decay)
+    return state, scalars
+
+  return train_step
+
+
+def make_predict(graphdef: Any) -> Callable[[Any, Any, Batch], Detections]:
+  """Makes the pure function from parameters, other arrays of the model and a batch to detections."""
+
+  def predict(params: Any, rest: Any, batch: Batch) -> Detections:
+    model = nnx.view(nnx.merge(graphdef, params, rest), raise_if_not_found=False, deterministic=True)
+    return model.detections(model(batch), batch)
+
+  return predict
+
+
+def _prepare(
+  make_model: Callable[[nnx.Rngs], Any],
+  make_optimizer: Callable[[Any], optax.GradientTransformation],
+  mesh: Mesh,
+  sharding: str,
+  ema: bool,
+  seed: int,
+) -> tuple[Any, optax.GradientTransformation, State, Callable[[], State]]:
+  """Finds out the structure of model and state without computing either.
+
+  Returns:
+    Graph definition, optimizer, abstract state with shardings, and a function that makes the initial state in
+    place.
+  """
+  graphdef, params, _ = split_model(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
+  optimizer = make_optimizer(params)
+
+  def init() -> State:
+    _, params, rest = split_model(make_model(nnx.Rngs(jax.random.key(seed))))
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "rest": rest, "opt": optimizer.init(params)}
+    return {**state, "ema": jax.tree.map(jnp.copy, params)} if ema else state
+
+  abstract = jax.eval_shape(init)
+  shardings = infer_sharding(abstract, mesh, sharding)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+  )
+  return graphdef, optimizer, abstract, jax.jit(init, out_shardings=shardings)
+
+
+def _compile(train_step: Callable[..., Any], state: State, batch: Batch) -> tuple[Callable[..., Any], float]:
+  """Compiles the step ahead of time, for the shapes and shardings of these arguments."""
+  print("compiling the training step (once; this can take a minute) ...", file=sys.stderr, flush=True)
+  begun = time.perf_counter()
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  replicated = NamedSharding(shardings["step"].mesh, PartitionSpec())
+  step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated))
+  compiled = step.lower(state, batch).compile()
+  seconds = time.perf_counter() - begun
+  print(f"compiled in {seconds:.1f} s", file=sys.stderr, flush=True)
+  return compiled, seconds
+
+
+class _Meter:
+  """Gathers the scalars of every step on the device and looks at them only now and then.
+
+  The host runs at most one step ahead of the device: enough to keep it busy, without piling up batches.
+  """
+
+  def __init__(self, writer: ScalarWriter):
+    self.train_seconds = 0.0
+    self._writer = writer
+    self._pending: list[tuple[int, dict[str, Array], np.ndarray]] = []
+    self._note = ""
+    self.restart()
+
+  def restart(self) -> None:
+    """Starts the clock again after work that is not training."""
+    self._begun = time.perf_counter()
+    self._waited = 0.0
+
+  def waited(self, seconds: float) -> None:
+    """Counts time in which the loop stood still for want of data."""
+    self._waited += seconds
+
+  def add(self, step: int, scalars: dict[str, Array], keys: np.ndarray) -> None:
+    """Counts one step that was sent off."""
+    if self._pending:
+      jax.block_until_ready(self._pending[-1][1])
+    self._pending.append((step, scalars, np.asarray(keys)))
+
+  def flush(self, step: int) -> str:
+    """Waits for all steps so far, writes the means and returns a note for the progress bar.
+
+    Raises:
+      NonFiniteError: a scalar of one of the steps is not finite.
+    """
+    if not self._pending:
+      return self._note
+    values = jax.device_get([scalars for _, scalars, _ in self._pending])
+    for (number, _, keys), scalars in zip(self._pending, values, strict=True):
+      if bad := [name for name, value in scalars.items() if not np.isfinite(value)]:
+        raise NonFiniteError(
+          f"step {number}: {', '.join(bad)} not finite, for the batch with keys {keys.tolist()}; nothing of it "
+          "was saved. Look at these examples, lower the learning rate or clip the gradient"
+        )
+    seconds = time.perf_counter() - self._begun
+    self.train_seconds += seconds
+    mean = {name: float(np.mean([scalars[name] for scalars in values])) for name in values[0]}
+    mean["steps_per_second"] = len(values) / seconds
+    mean["data_wait_share"] = self._waited / seconds
+    self._writer.write_scalars(step, {f"train/{name}": value for name, value in mean.items()})
+    self._pending.clear()
+    self.restart()
+    self._note = f"loss {mean['loss']:.4g}, {mean['steps_per_second']:.3g} steps/s"
+    return self._note
+
+
+class _StopRequest:
+  """Turns ctrl-C and SIGTERM into a request that the loop asks for between steps; a second ctrl-C aborts.
+
+  With several processes all must stop at the same step, so there only the notice of JAX's coordination
+  service counts, which passes on a SIGTERM that any of them got.
+  """
+
+  def __init__(self) -> None:
+    self.reason = ""
+    self._polls = 0
+    self._handlers: dict[int, Any] = {}
+
+  def __enter__(self) -> "_StopRequest":
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      self._handlers = {
+        number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
+      }
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    for number, handler in self._handlers.items():
+      signal.signal(number, handler)
+
+  def __call__(self) -> bool:
+    """Whether to stop. Every process has to ask equally often."""
+    if jax.process_count() > 1 and not self.reason:
+      self._polls += 1
+      if multihost_utils.reached_preemption_sync_point(self._polls):
+        self.reason = "preempted"
+    return bool(self.reason)
+
+  def _request(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    if self.reason and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.reason = "interrupted" if number == signal.SIGINT else "preempted"
+    print("\nstopping after this step, then saving (ctrl-C again aborts) ...", file=sys.stderr, flush=True)
