@@ -1,9 +1,9 @@
 """AVA-format files: annotation and result CSVs, label maps. The one place that reads and writes them.
 
-A row of an AVA CSV is ``video_id,timestamp,x1,y1,x2,y2,action_id,extra``: one box with one action at one keyframe. The
-timestamp is in seconds from the start of the movie, the box normalised xyxy, the action id 1-based, and ``extra`` the
-person id of an annotation or the score of a detection (it may be absent: then 1). A row ``video_id,timestamp`` alone
-says that a keyframe was annotated and holds nobody.
+A row of an AVA CSV is ``video_id,timestamp,x1,y1,x2,y2,action_id,extra``: one box with one action at one
+keyframe. The timestamp is in seconds from the start of the movie, the box normalised xyxy, the action id
+1-based, and ``extra`` the person id of an annotation or the score of a detection (it may be absent: then 1).
+A row ``video_id,timestamp`` alone says that a keyframe was annotated and holds nobody.
 """
 
 import os
@@ -14,6 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 PathLike = str | os.PathLike[str]
+
+_CHUNK = (
+  1 << 22
+)  # characters of a CSV that are parsed at once, so that memory stays near the size of the result
 
 
 class AnnotationError(ValueError):
@@ -67,48 +71,52 @@ def read_ava_csv(path: PathLike) -> Rows:
     AnnotationError: a row is malformed; names the file, the line and what is wrong with it.
     FileNotFoundError: there is no such file.
   """
-  video, numbers = [], []
-  for line, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-    if not text.strip():
-      continue
-    fields = text.split(",")
-    if len(fields) not in (2, 7, 8):
-      raise AnnotationError(
-        f"{path}:{line}: {len(fields)} columns; expected video_id,timestamp,x1,y1,x2,y2,action_id[,score or person_id]"
-      )
-    try:
-      values = [float(field) for field in fields[1:]]
-    except ValueError:
-      bad = next(field for field in fields[1:] if not _is_number(field))
-      raise AnnotationError(f"{path}:{line}: {bad!r} is not a number") from None
-    if len(values) == 1:
-      values += [np.nan] * 4 + [0.0]
-    elif values[5] != int(values[5]) or values[5] < 1:
-      raise AnnotationError(f"{path}:{line}: action id {fields[6]} is not a whole number from 1 up")
-    elif not np.isfinite(values[:6]).all():
-      raise AnnotationError(f"{path}:{line}: box or timestamp is not finite")
-    video.append(fields[0])
-    numbers.append(values if len(values) == 7 else [*values, 1.0])
-  table = np.array(numbers, np.float64).reshape(-1, 7)
+  names: dict[str, str] = {}  # keeps one string for each video instead of one for each row
+  video: list[str] = []
+  tables = [np.empty((0, 7))]
+  num_lines = 0
+  try:
+    with open(path, encoding="utf-8-sig") as file:
+      while lines := file.readlines(_CHUNK):
+        table = _parse_full_rows(lines)
+        if table is None:  # rows of several kinds, or something is wrong
+          numbered = enumerate(lines, num_lines + 1)
+          rows = [_parse_row(line, f"{path}:{number}") for number, line in numbered if line.strip()]
+          table = np.array(rows, np.float64).reshape(-1, 7)
+        fields = (line.partition(",")[0] for line in lines if line.strip())
+        video += [names.setdefault(name, name) for name in fields]
+        tables.append(table)
+        num_lines += len(lines)
+  except UnicodeDecodeError:
+    raise AnnotationError(f"{path}: not a text file; expected a CSV in UTF-8") from None
+  table = np.concatenate(tables)
   return Rows(np.array(video, object), table[:, 0], table[:, 1:5], table[:, 5].astype(np.int32), table[:, 6])
 
 
-def write_ava_csv(path: PathLike, rows: Rows, *, extra_format: str = "%.4f") -> None:
-  """Writes rows; timestamps as AVA does (``0902``; sub-second ones with decimals)."""
+def write_ava_csv(path: PathLike, rows: Rows, *, extra_format: str = "%.9g") -> None:
+  """Writes rows; timestamps as AVA does (``0902``; sub-second ones with decimals).
+
+  Args:
+    path: the CSV.
+    rows: annotations or detections; boxes are written to six digits.
+    extra_format: of the last column. The default keeps whole numbers whole and float32 scores exact: rounding
+      would make equal scores, and with them another mAP.
+  """
   with open(path, "w", encoding="utf-8") as file:
     for video, timestamp, box, action, extra in zip(*rows, strict=True):
-      time = "%04d" % timestamp if timestamp == int(timestamp) else f"{timestamp:.6f}".rstrip("0")
+      time = f"{int(timestamp):04d}" if timestamp == int(timestamp) else f"{timestamp:.6f}".rstrip("0")
       if action == 0:
         file.write(f"{video},{time}\n")
       else:
-        coordinates = ",".join(f"{value:.4f}" for value in box)
+        coordinates = ",".join(f"{value:.6g}" for value in box)
         file.write(f"{video},{time},{coordinates},{action},{extra_format % extra}\n")
 
 
 def keyframes(rows: Rows, num_classes: int) -> list[Keyframe]:
-  """Merges the rows of one box into one multi-label actor, and the actors of one keyframe into one entry.
+  """Merges the rows of a box into one multi-label actor, and the actors of a keyframe into one entry.
 
-  Rows belong to one actor when their keyframe, coordinates and person id agree. Order: first appearance in the file.
+  Rows belong to one actor when their keyframe, coordinates and person id agree. Keyframes and actors keep the
+  order of their first appearance.
 
   Args:
     rows: annotations.
@@ -140,14 +148,23 @@ def read_label_map(path: PathLike) -> dict[int, str]:
   """Reads an AVA label map (``.pbtxt``): class id to name.
 
   Raises:
-    AnnotationError: no class was found, or one id stands twice.
+    AnnotationError: no class was found, a block lacks its name or id, or an id is 0 or stands twice.
+    FileNotFoundError: there is no such file.
   """
   names: dict[int, str] = {}
-  text = Path(path).read_text(encoding="utf-8")
-  for item in re.finditer(r'name:\s*"([^"]*)"\s*(?:id|label_id):\s*(\d+)', text):
-    if int(item[2]) in names:
-      raise AnnotationError(f"{path}: class id {item[2]} stands twice")
-    names[int(item[2])] = item[1]
+  text = Path(path).read_text(encoding="utf-8-sig")
+  for item in re.finditer(r"item\s*\{([^{}]*)\}", text):
+    place = f"{path}:{text.count(chr(10), 0, item.start()) + 1}"
+    name = re.search(r'\bname:\s*"([^"]*)"', item[1])
+    number = re.search(r"\b(?:label_)?id:\s*(\d+)", item[1])
+    if name is None or number is None:
+      raise AnnotationError(f'{place}: this item lacks its name or id; expected name: "..." and id: N')
+    index = int(number[1])
+    if index < 1:
+      raise AnnotationError(f"{place}: class id 0; ids count from 1")
+    if index in names:
+      raise AnnotationError(f"{place}: class id {index} stands twice")
+    names[index] = name[1]
   if not names:
     raise AnnotationError(f"{path}: no class found; expected blocks `item {{ name: ... id: ... }}`")
   return names
@@ -159,9 +176,41 @@ def write_label_map(path: PathLike, names: dict[int, str]) -> None:
   Path(path).write_text("".join(blocks), encoding="utf-8")
 
 
-def _is_number(text: str) -> bool:
+def _parse_full_rows(lines: list[str]) -> np.ndarray | None:
+  """Parses rows of eight columns at once, without the first; None where any row is not like that."""
+  # The parser asks for at least eight columns; as many commas as that takes leave no row with more.
+  if sum(line.count(",") for line in lines) != 7 * len(lines) or any(line.startswith(",") for line in lines):
+    return None
   try:
-    float(text)
+    table = np.loadtxt(lines, delimiter=",", usecols=range(1, 8), comments=None, ndmin=2)
   except ValueError:
-    return False
-  return True
+    return None
+  action = table[:, 5]
+  # Comparisons with NaN are false.
+  valid = np.isfinite(table[:, :6]).all() and ((action >= 1) & (action == np.floor(action))).all()
+  return table if valid and (action < 2**31).all() and not np.isnan(table[:, 6]).any() else None
+
+
+def _parse_row(line: str, place: str) -> list[float]:
+  """Timestamp, box, action and extra of one row."""
+  video, *fields = line.rstrip("\r\n").split(",")
+  if len(fields) not in (1, 6, 7):
+    expected = "video_id,timestamp,x1,y1,x2,y2,action_id[,score or person_id]"
+    raise AnnotationError(f"{place}: {len(fields) + 1} columns; expected {expected}")
+  if not video:
+    raise AnnotationError(f"{place}: the video id is empty")
+  values = []
+  for field in fields:
+    try:
+      values.append(float(field))
+    except ValueError:
+      raise AnnotationError(f"{place}: {field!r} is not a number") from None
+  if not np.isfinite(values[:5]).all():
+    raise AnnotationError(f"{place}: box or timestamp is not finite")
+  if len(values) == 1:
+    return [*values, *[np.nan] * 4, 0.0, 1.0]
+  if not 1 <= values[5] < 2**31 or values[5] != int(values[5]):
+    raise AnnotationError(f"{place}: action id {fields[5]} is not a whole number from 1 up")
+  if np.isnan(values[-1]):
+    raise AnnotationError(f"{place}: score or person id is not a number")
+  return values if len(values) == 7 else [*values, 1.0]
