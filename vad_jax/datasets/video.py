@@ -1,7 +1,7 @@
 """Video files in and out, by presentation time: PyAV decoding and encoding.
 
-Time zero is the presentation time of a stream's first frame. Frames are found by their time stamps, never by counting,
-so variable frame rate, B-frames and streams that start late need no care from the caller.
+Time zero is the presentation time of a stream's first frame. Frames are found by their time stamps, never by
+counting, so variable frame rate, B-frames and streams that start late need no care from the caller.
 
   with VideoReader("movie.mp4") as reader:
     for seconds, frame in reader:  # [H, W, 3] uint8 RGB
@@ -15,18 +15,23 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.container
 import av.error
 import numpy as np
 from av.audio.resampler import AudioResampler
+
+from vad_jax import progress
 
 PathLike = str | os.PathLike[str]
 
 logger = logging.getLogger(__name__)
 
+_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 # Wanted frames further apart than this are worth a seek; closer ones are reached sooner by decoding on.
 _SEEK_AHEAD = 10.0
 # Most failures in a row to read from a damaged file before the rest of it is given up.
@@ -54,11 +59,28 @@ def nearest(frame_times: np.ndarray, time: float) -> int:
   return after if frame_times[after] - time < time - frame_times[after - 1] else after - 1
 
 
+def video_files(folder: PathLike) -> dict[str, Path]:
+  """The videos in a folder, sorted: name without suffix to file.
+
+  Raises:
+    VideoError: two files would be the same video.
+  """
+  files: dict[str, Path] = {}
+  for path in sorted(Path(folder).iterdir()):
+    if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."):
+      if path.stem in files:
+        raise VideoError(
+          f"{path}: the video {path.stem!r} is also there as {files[path.stem].name}; delete one"
+        )
+      files[path.stem] = path
+  return files
+
+
 class VideoReader:
   """Decodes one video file; a context manager, used by one thread at a time.
 
-  Iterating, or `read`, streams frames with flat memory; `frames_at` fetches single ones by seeking. What a damaged file
-  still holds is delivered; frames that it lost are counted in `broken` and logged once a file.
+  Iterating, or `read`, streams frames with flat memory; `frames_at` fetches single ones by seeking. What a
+  damaged file still holds is delivered; frames that it lost are counted in `broken` and logged once a file.
 
   Attributes:
     path: the file.
@@ -186,10 +208,11 @@ class VideoReader:
     self._stream.codec_context.thread_count = self._threads
 
   def _decode_from(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Decodes from a keyframe on; the first frame is not later than `start`, unless it is the file's first."""
+    """Decodes from a keyframe on; the first frame is not later than `start`, if the file has such a frame."""
     margin = 0.0
     while start - margin > 0:
-      # Containers index by decoding time and hold damaged or missing keyframes: look, and go further back if need be.
+      # Containers index by decoding time and hold damaged or missing keyframes: look, and go further back if
+      # need be.
       try:
         self._container.seek(
           self._origin + int((start - margin) / self._stream.time_base), stream=self._stream
@@ -254,11 +277,71 @@ class VideoReader:
 _reported: set[Path] = set()
 
 
+class VideoFrames:
+  """Frames straight out of a folder of videos, without preparation.
+
+  Attributes:
+    directory: the folder.
+  """
+
+  def __init__(self, directory: PathLike):
+    """Looks into every file; those that cannot be read are logged and left out.
+
+    Raises:
+      VideoError: there is no such folder, or no video in it can be read.
+    """
+    self.directory = Path(directory)
+    if not self.directory.is_dir():
+      raise VideoError(f"{directory}: no such folder of videos")
+    files = video_files(directory)
+    self._videos: dict[str, tuple[Path, float | None]] = {}
+    with ThreadPoolExecutor() as pool, progress.bar("Checking videos", len(files)) as advance:
+      for (video, path), (duration, error) in zip(
+        files.items(), pool.map(probe, files.values()), strict=True
+      ):
+        if error:
+          logger.warning("left out: %s", error)
+        else:
+          self._videos[video] = path, duration
+        advance()
+    if not self._videos:
+      raise VideoError(
+        f"{directory}: none of {len(files)} video files can be read; expected <video>.mp4 files"
+      )
+
+  def covers(self, video: str, time: float) -> bool:
+    """Whether a time lies in a video, as far as the file says how long it is."""
+    if video not in self._videos:
+      return False
+    duration = self._videos[video][1]
+    return time >= 0 and (duration is None or time <= duration)
+
+  def frames(self, video: str, times: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The frames nearest to the given times, see `VideoReader.frames_at`.
+
+    Raises:
+      VideoError: there is no such video, or it cannot be read any more.
+    """
+    if video not in self._videos:
+      raise VideoError(f"{self.directory}: no video {video!r}")
+    with VideoReader(self._videos[video][0], threads=1) as reader:
+      return reader.frames_at(times)
+
+
+def probe(path: PathLike) -> tuple[float | None, VideoError | None]:
+  """Seconds of a video, None where the file does not say; and the error where it cannot be read."""
+  try:
+    with VideoReader(path, threads=1) as reader:
+      return reader.duration, None
+  except VideoError as error:
+    return None, error
+
+
 class VideoWriter:
   """Writes an H.264 mp4 that plays everywhere (yuv420p, BT.709, index in front); a context manager.
 
-  The file appears under its name when it is complete; after an error nothing is left. H.264 needs even sizes, so an odd
-  one grows by a repeated row or column. The same frames give the same file on any number of cores.
+  The file appears under its name when it is complete; after an error nothing is left. H.264 needs even sizes,
+  so an odd one grows by a repeated row or column. The same frames give the same file on any number of cores.
   """
 
   def __init__(
@@ -270,7 +353,8 @@ class VideoWriter:
       path: ends in ``.mp4``; its folder is made.
       size: height and width of the frames.
       fps: frames a second.
-      audio_from: a video whose sound is taken over, where it has any; time zero is its first frame, the end ours.
+      audio_from: a video whose sound is taken over, where it has any; time zero is its first frame, the end
+        ours.
 
     Raises:
       VideoError: the folder cannot be written.
@@ -352,7 +436,8 @@ class VideoWriter:
 
 
 class _Audio:
-  """The sound of one file on its way into another: packets are copied where mp4 players know the codec, else AAC."""
+  """The sound of one file on its way into another: packets are copied where mp4 players know the codec, else
+  AAC."""
 
   def __init__(self, path: PathLike, target: av.container.OutputContainer):
     self._path = path
