@@ -14,6 +14,7 @@ from flax import nnx
 
 from vad_jax import annotations, checkpoint, predict
 from vad_jax.batch import Detections
+from vad_jax.datasets.augment import place_on_canvas
 from vad_jax.datasets.video import VideoError, VideoReader, VideoWriter
 
 FPS = 30.0
@@ -183,17 +184,18 @@ def test_memory_does_not_grow_with_length():
 
 
 @pytest.mark.parametrize(
-  "size, inner, canvas",
+  "size, canvas, placed",
   [
-    ((1080, 1920), (224, 398), (224, 416)),
-    ((1920, 1080), (398, 224), (416, 224)),
-    ((800, 1920), (187, 448), (192, 448)),  # wider than in training: the long side decides
-    ((90, 160), (224, 398), (224, 416)),
-    ((2, 4000), (1, 448), (32, 448)),  # a line stays a line
+    ((1080, 1920), (224, 416), (224, 398)),
+    ((1920, 1080), (416, 224), (398, 224)),
+    ((90, 160), (224, 416), (224, 398)),
+    ((800, 1920), (192, 448), (187, 448)),  # wider than in training: the long side decides
+    ((2, 4000), (32, 448), (1, 448)),  # a line stays a line
   ],
 )
-def test_video_canvas(size, inner, canvas):
-  assert predict.video_canvas(size, 224, (256, 448)) == (inner, canvas)
+def test_video_canvas(size, canvas, placed):
+  assert predict.video_canvas(size, 224, (256, 448)) == canvas
+  assert place_on_canvas(np.zeros((1, *size, 3), np.uint8), canvas, 224)[1] == placed
 
 
 def keyframe(time, *boxes):
@@ -297,7 +299,7 @@ def test_bad_options(arguments, message, capsys):
 
 def test_starts_without_tensorflow():
   code = (
-    "import vad_jax.predict, sys; sys.exit(any(m in sys.modules for m in ('tensorflow', 'clu', 'grain')))"
+    "import vad_jax.predict, sys; sys.exit(any(m in sys.modules for m in ('tensorflow', 'clu', 'torch')))"
   )
   root = Path(predict.__file__).parents[1]
   assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

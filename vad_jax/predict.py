@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import av
-import cv2
 import jax
 import numpy as np
 from flax import nnx
@@ -37,6 +36,8 @@ from scipy.optimize import linear_sum_assignment
 import vad_jax
 from vad_jax import annotations, checkpoint, progress, visualize
 from vad_jax.batch import Batch, Detections
+from vad_jax.datasets.augment import place_on_canvas
+from vad_jax.datasets.loader import ClipSpec
 from vad_jax.datasets.video import VideoError, VideoReader, VideoWriter, nearest
 from vad_jax.ops.boxes import iou
 from vad_jax.ops.nms import nms as suppress
@@ -184,19 +185,17 @@ def _detect(
 ) -> Iterator[tuple[float, Detections]]:
   """Runs the model over a stream of frames; yields time and detections (no batch axis) of each keyframe."""
   graphdef, state = nnx.split(loaded.model)
-  clip = loaded.info["clip"]
-  offsets = (np.arange(clip["num_frames"]) - clip["num_frames"] // 2) * clip["frame_stride"] / clip["fps"]
-  inner, canvas = video_canvas(size, loaded.info["short_side"], loaded.info["canvas"])
-  video_size = np.tile(np.array(inner, np.int32), (batch_size, 1))
+  offsets = ClipSpec(**loaded.info["clip"]).times(0.0)
+  canvas = video_canvas(size, loaded.info["short_side"], loaded.info["canvas"])
+  place = functools.partial(place_on_canvas, canvas=canvas, short_side=loaded.info["short_side"])
+  _, placed_size = place(np.zeros((1, *size, 3), np.uint8))
+  video_size = np.tile(np.array(placed_size, np.int32), (batch_size, 1))
 
   def runs() -> Iterator[tuple[list[float], Detections]]:
-    shrunk = (
-      (time, cv2.resize(frame, inner[::-1], interpolation=cv2.INTER_LINEAR)) for time, frame in frames
-    )
-    for batch in _batched(clips(shrunk, offsets, stride), batch_size):
+    placed = ((time, place(frame[None])[0][0]) for time, frame in frames)
+    for batch in _batched(clips(placed, offsets, stride), batch_size):
       video = np.zeros((batch_size, len(offsets), *canvas, 3), np.uint8)
-      for row, (_, frames_of_clip) in enumerate(batch):
-        video[row, :, : inner[0], : inner[1]] = frames_of_clip
+      video[: len(batch)] = [clip for _, clip in batch]
       yield [time for time, _ in batch], _run_model(graphdef, state, video, video_size)
 
   # One batch behind: the device works on a batch while the next one is being decoded.
@@ -206,13 +205,11 @@ def _detect(
       yield time, Detections(*(column[row] for column in host))
 
 
-def video_canvas(
-  size: tuple[int, int], short_side: int, training_canvas: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-  """Sizes for a video of any shape: what its frames are resized to, and the padded canvas that holds them.
+def video_canvas(size: tuple[int, int], short_side: int, training_canvas: tuple[int, int]) -> tuple[int, int]:
+  """Height and width of the padded frames for a video of any shape: the smallest multiples of 32 that do.
 
   The short side becomes ``short_side``, unless the long side would then be longer than in training; a
-  portrait video is treated like a landscape one. The sides of the canvas are the smallest multiples of 32.
+  portrait video is treated like a landscape one.
 
   Args:
     size: height and width of the video.
@@ -220,12 +217,8 @@ def video_canvas(
     training_canvas: height and width that the training frames were padded to.
   """
   scale = min(short_side / min(size), max(training_canvas) / max(size))
-  height, width = (max(1, round(side * scale)) for side in size)
-  return (height, width), (_round_up(height), _round_up(width))
-
-
-def _round_up(side: int) -> int:
-  return -(-side // _CANVAS_MULTIPLE) * _CANVAS_MULTIPLE
+  height, width = (math.ceil(round(side * scale) / _CANVAS_MULTIPLE) * _CANVAS_MULTIPLE for side in size)
+  return max(height, _CANVAS_MULTIPLE), max(width, _CANVAS_MULTIPLE)
 
 
 def clips(
@@ -554,4 +547,7 @@ _positive = _number(float, 1e-3, math.inf, "a number of seconds above 0")
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  try:
+    sys.exit(main())
+  except KeyboardInterrupt:
+    sys.exit("stopped; files that were reported are complete")
