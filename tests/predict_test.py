@@ -40,7 +40,7 @@ class ClipReader(nnx.Module):
       boxes=jnp.broadcast_to(boxes, (size, 3, 4)),
       actor_score=jnp.broadcast_to(jnp.array([0.6, 0.9, 0.99]), (size, 3)),
       action_score=jnp.stack([scores * 0, scores, scores], 1),
-      valid=jnp.broadcast_to(jnp.array([True, True, False]), (size, 3)),
+      valid=jnp.array([True, True, False]) & (batch["key"] >= 0)[:, None],
     )
 
 

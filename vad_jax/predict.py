@@ -170,9 +170,9 @@ def predict_video(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_model(graphdef: Any, state: Any, video: jax.Array, video_size: jax.Array) -> Detections:
+def _run_model(graphdef: Any, state: Any, inputs: dict[str, np.ndarray]) -> Detections:
+  batch = cast(Batch, inputs)  # without annotations, which only a loss reads
   model = nnx.merge(graphdef, state)
-  batch = cast(Batch, {"video": video, "video_size": video_size})  # a forward pass reads no annotation
   return model.detections(model(batch), batch)
 
 
@@ -196,7 +196,9 @@ def _detect(
     for batch in _batched(clips(placed, offsets, stride), batch_size):
       video = np.zeros((batch_size, len(offsets), *canvas, 3), np.uint8)
       video[: len(batch)] = [clip for _, clip in batch]
-      yield [time for time, _ in batch], _run_model(graphdef, state, video, video_size)
+      key = np.where(np.arange(batch_size) < len(batch), 0, -1).astype(np.int32)
+      inputs = {"video": video, "video_size": video_size, "key": key}
+      yield [time for time, _ in batch], _run_model(graphdef, state, inputs)
 
   # One batch behind: the device works on a batch while the next one is being decoded.
   for (times, found), _ in itertools.pairwise(itertools.chain(runs(), [([], None)])):
