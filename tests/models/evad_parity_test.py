@@ -8,10 +8,11 @@ from flax import nnx
 
 from tests import golden_files, seeded
 from vad_jax import convert
+from vad_jax.layers.position import video_positions
 from vad_jax.models import evad
 from vad_jax.models.evad import EVAD
-from vad_jax.ops import matching
-from vad_jax.ops.roi_align import roi_align
+from vad_jax.ops import losses, matching
+from vad_jax.ops.roi_align import box_levels, roi_align
 
 BACKBONE, ROI, BOXES, FINAL = 5e-5, 3e-4, 1e-4, 1e-4
 
@@ -241,14 +242,8 @@ def test_training_step(method):
   assert checked > 200
 
 
-def test_losses_and_assignments():
-  for name, case in golden_files.load("evad/losses")["cases"].items():
-    if not sum(case["num_gt"]):
-      continue  # the reference gives NaN there; ours is tested for being finite elsewhere
-    check_loss_case(name, case)
-
-
-def check_loss_case(name: str, case: dict) -> None:
+def loss_case(case: dict) -> tuple[dict, dict]:
+  """Recorded predictions as the network's output, and annotations as a batch with a padded slot."""
   size = np.array(case["image_wh"], np.float32)
   count = max(case["num_gt"]) + 1
   boxes, labels = np.zeros((2, count, 4), np.float32), np.zeros((2, count, case["num_classes"]), np.float32)
@@ -257,26 +252,102 @@ def check_loss_case(name: str, case: dict) -> None:
     for j, (box, classes) in enumerate(zip(image_boxes, active, strict=True)):
       boxes[i, j] = np.array(box) / np.tile(size[i], 2)
       labels[i, j, classes] = 1
-  layers = [case["pred"][i] for i in range(case["layers"])]
-  actions = seeded.seeded(case["actions_key"], case["actions_shape"])
-  model = EVAD(variant="tiny", num_classes=case["num_classes"], rngs=nnx.Rngs(0))
-  batch = dict(boxes=boxes, labels=labels, box_mask=mask, key=np.arange(2))
   out = dict(
-    boxes=jnp.array([layer["boxes"] for layer in layers]),
-    person_logits=jnp.array([layer["logits"] for layer in layers]),
+    boxes=jnp.array([layer["boxes_xyxy_pixels"] for layer in case["pred"]]),
+    person_logits=jnp.array([layer["logits"] for layer in case["pred"]]),
     frame_size=jnp.tile(size, (1, 2)),
-    action_logits=jnp.array(actions),
+    action_logits=jnp.stack([seeded.seeded(key, case["actions_shape"]) for key in case["actions_key"]]),
   )
-  match = matching.match(model.costs(out, batch), mask)
-  total, terms = model.loss(out, batch, match)
-  assert np.isfinite(total), name
+  return out, dict(boxes=boxes, labels=labels, box_mask=mask, key=np.arange(2))
+
+
+@pytest.mark.parametrize("name", ["gt3_gt1", "gt3_gt0", "gt0_gt0_reference_is_nan"])
+def test_losses_assignments_and_gradients(name):
+  case = golden_files.load("evad/losses")["cases"][name]
+  out, batch = loss_case(case)
+  model = EVAD(variant="tiny", num_classes=case["num_classes"], rngs=nnx.Rngs(0))
+  costs = model.costs(out, batch)
+  match = matching.match(costs, batch["box_mask"])
+  for layer, images in enumerate(case["match"]):
+    for image, pairs in enumerate(images):
+      expected = np.zeros(match.shape[2:], bool)
+      expected[pairs["pred"], pairs["gt"]] = True
+      np.testing.assert_array_equal(match[layer, image], expected)
+      recorded = np.array(case["cost_matrix"][layer][image]).reshape(costs.shape[2], -1)
+      np.testing.assert_allclose(costs[layer, image, :, : recorded.shape[1]], recorded, rtol=1e-4, atol=1e-5)
+
+  def total_of(boxes, logits, actions):
+    changed = out | dict(boxes=boxes, person_logits=logits, action_logits=actions)
+    return model.loss(changed, batch, match)
+
+  arguments = out["boxes"], out["person_logits"], out["action_logits"]
+  (total, terms), gradients = jax.value_and_grad(total_of, argnums=(0, 1, 2), has_aux=True)(*arguments)
+  ours = {"ce": "person", "bbox": "box", "giou": "giou", "bce": "action"}
+  for term, expected in case["loss_weighted"].items():
+    kind, _, layer = term.partition("_")[2].partition("_")
+    if expected != "nan":
+      value = terms[f"loss_{ours[kind]}" + (layer and f"_{layer}")]
+      np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-7, err_msg=term)
+  if case["total"] == "nan":
+    assert np.isfinite(total) and all(np.isfinite(x).all() for x in gradients)  # the reference divides by no actors
+  else:
+    np.testing.assert_allclose(total, case["total"], rtol=1e-5)
+    for gradient, key in zip(gradients, ("boxes", "logits"), strict=False):
+      np.testing.assert_allclose(gradient, case["grad_total"][key], rtol=1e-4, atol=1e-7)
+    for layer, tap in enumerate(case["grad_total"]["actions"]):
+      golden_files.assert_tap(gradients[2][layer], tap, 1e-4, f"actions {layer}")
+
+
+def test_post_processing():
+  for case in golden_files.load("evad/postprocess")["cases"]:
+    actions = case["raw_actions_scale"] * seeded.seeded(case["raw_actions_key"], case["raw_actions_shape"])
+    out = dict(
+      boxes=jnp.array([case["raw_boxes_xyxy_pixels"]]),
+      person_logits=jnp.array([case["raw_logits"]]),
+      action_logits=jnp.array(actions)[None],
+      frame_size=jnp.tile(jnp.array(case["input_wh"], jnp.float32), (1, 2)),
+    )
+    model = EVAD(variant="tiny", rngs=nnx.Rngs(0))
+    found = model.detections(out, dict(key=np.arange(len(actions))))
+    kept = np.asarray(found.actor_score) >= case["threshold"]
+    kept[~kept.any(1)] = True
+    rows = np.concatenate([np.argwhere(kept)[:, :1], np.asarray(found.boxes)[kept]], 1)
+    np.testing.assert_allclose(rows, case["out_boxes_batchidx_x1y1x2y2_normalised"], atol=1e-5)
+
+
+def test_units():
+  units = golden_files.load("evad/units")
+  for name, tap in units["pos_embed"].items():
+    source, target = name.split("_to_")
+    t, side, _, dim = map(int, source.split("x"))
+    table = video_positions(dim, (t, *map(int, target.split("x"))), side)
+    golden_files.assert_tap(table.reshape(1, -1, dim), tap["resized"], 1e-5, name)
+  deltas = units["apply_deltas"]
+  moved = evad.apply_deltas(jnp.array(deltas["boxes"]), jnp.array(deltas["deltas"]))
+  np.testing.assert_allclose(moved, deltas["out"], rtol=1e-4, atol=1e-2)
+  for case in units["roi_extension"]:
+    frame = jnp.array([case["image_wh"] * 2], jnp.float32)
+    grown = evad.extend_boxes(jnp.array([case["boxes"]]), tuple(case["scale"]), frame)
+    np.testing.assert_allclose(grown[0], case["out"], rtol=1e-5, atol=1e-4)
+  giou = units["giou"]
+  pairs = losses.box_costs(jnp.array(giou["a"]), jnp.array(giou["b"]))[1]
+  np.testing.assert_allclose(pairs, giou["matrix"], rtol=1e-4, atol=1e-5)
+  for case in units["keep_counts"]:
+    places = evad.Places(1, (case["n"], 1, 1), 0)
+    kept, _ = places.keep(jnp.zeros((1, case["n"], 1)), None, jnp.ones((1, case["n"])), case["keep_rate"])
+    assert kept.shape[1] == case["kept_total"], case
+
+
+def test_pyramid_levels():
+  recorded = golden_files.load("evad/roi_align")["level_assignment"]
+  np.testing.assert_array_equal(box_levels(jnp.array(recorded["boxes"]), 4) + 2, recorded["level"])
 
 
 def test_roi_align_and_its_gradient():
   for case in golden_files.load("evad/roi_align")["cases"]:
     features = np.moveaxis(seeded.seeded(case["map_key"], case["map_shape"]), 1, -1)
     rois = np.array(case["rois_batch_x0y0x1y1"], np.float32)
-    size, images = case["output_size"][0], len(features)
+    size, images = tuple(case["output_size"]), len(features)
 
     def pooled(features, rois=rois, size=size, images=images, case=case):
       every = roi_align(

@@ -17,7 +17,7 @@ def roi_align(
   boxes: Array,
   *,
   scale: float,
-  output_size: int = 7,
+  output_size: tuple[int, int] = (7, 7),
   sampling_ratio: int = 2,
 ) -> Array:
   """Aligned RoIAlign (Mask R-CNN's, with the half-pixel shift of Detectron2's ``ROIAlignV2``).
@@ -29,16 +29,16 @@ def roi_align(
     features: ``[B, H, W, C]``.
     boxes: ``[B, N, 4]`` xyxy in input pixels; may leave the map.
     scale: map cells per input pixel.
-    output_size: ``S``, bins a side.
+    output_size: ``(S, S')``, bins down and across.
     sampling_ratio: samples a bin and axis.
 
   Returns:
-    ``[B, N, S, S, C]``.
+    ``[B, N, S, S', C]``.
   """
   boxes = jax.lax.stop_gradient(boxes) * scale - 0.5
   height, width = features.shape[1:3]
-  across = _axis_weights(boxes[..., 0], boxes[..., 2], width, output_size, sampling_ratio).astype(features.dtype)
-  down = _axis_weights(boxes[..., 1], boxes[..., 3], height, output_size, sampling_ratio).astype(features.dtype)
+  across = _axis_weights(boxes[..., 0], boxes[..., 2], width, output_size[1], sampling_ratio).astype(features.dtype)
+  down = _axis_weights(boxes[..., 1], boxes[..., 3], height, output_size[0], sampling_ratio).astype(features.dtype)
   columns = jnp.einsum("bnxw,bhwc->bnhxc", across, features)
   return jnp.einsum("bnyh,bnhxc->bnyxc", down, columns)
 
@@ -49,7 +49,7 @@ def pyramid_roi_align(
   *,
   strides: Sequence[int],
   canonical_size: float = 224.0,
-  output_size: int = 7,
+  output_size: tuple[int, int] = (7, 7),
 ) -> tuple[Array, Array]:
   """RoIAlign from the pyramid level that fits each box (FPN, Lin et al., CVPR 2017, eq. 1).
 
@@ -58,10 +58,10 @@ def pyramid_roi_align(
     boxes: ``[B, N, 4]`` xyxy in input pixels.
     strides: input pixels per cell of each level.
     canonical_size: side of the box that belongs to the third level, in pixels.
-    output_size: ``S``, bins a side.
+    output_size: ``(S, S')``, bins down and across.
 
   Returns:
-    Features ``[B, N, S, S, C]`` and the index ``[B, N]`` of the level each box was taken from.
+    Features ``[B, N, S, S', C]`` and the index ``[B, N]`` of the level each box was taken from.
   """
   levels = box_levels(boxes, len(pyramid), canonical_size)
   pooled = 0.0
