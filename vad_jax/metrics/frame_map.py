@@ -210,13 +210,13 @@ def true_positives(overlap: np.ndarray, box: np.ndarray, iou: float) -> np.ndarr
 
   Args:
     overlap: ``[D]`` IoU with the best box.
-    box: ``[D]`` index of the best box, -1 where there is none.
-    iou: least IoU, inclusive.
+    box: ``[D]`` index of the best box; not looked at where there is no overlap.
+    iou: least IoU, inclusive; above 0.
 
   Returns:
     ``[D]`` bool.
   """
-  claims = np.flatnonzero((overlap >= iou) & (box >= 0))
+  claims = np.flatnonzero(overlap >= iou)
   _, first = np.unique(box[claims], return_index=True)
   correct = np.zeros(len(overlap), bool)
   correct[claims[first]] = True

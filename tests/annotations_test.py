@@ -1,0 +1,155 @@
+"""AVA-format files: what is read back, and what is said about bad ones."""
+
+import numpy as np
+import pytest
+
+from vad_jax import annotations
+from vad_jax.annotations import AnnotationError
+
+_GOOD = "clip,0902,0.1,0.2,0.3,0.4,12,3"
+
+
+def _write(tmp_path, text, name="rows.csv"):
+  path = tmp_path / name
+  path.write_bytes(text.encode() if isinstance(text, str) else text)
+  return path
+
+
+def test_reads_all_kinds_of_rows(tmp_path):
+  text = f"{_GOOD}\r\n\nclip,0903\nclip,904.5,0,0,1,1,80\n"
+  rows = annotations.read_ava_csv(_write(tmp_path, text))
+  assert rows.video.tolist() == ["clip"] * 3
+  assert rows.timestamp.tolist() == [902, 903, 904.5]
+  assert rows.action.tolist() == [12, 0, 80]
+  assert rows.extra.tolist() == [3, 1, 1]
+  np.testing.assert_array_equal(rows.boxes[[0, 2]], [[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]])
+  assert np.isnan(rows.boxes[1]).all()
+
+
+def test_reads_an_empty_file(tmp_path):
+  rows = annotations.read_ava_csv(_write(tmp_path, ""))
+  assert rows.boxes.shape == (0, 4)
+  assert annotations.keyframes(rows, 80) == []
+
+
+def test_byte_order_mark_is_no_part_of_the_name(tmp_path):
+  assert annotations.read_ava_csv(_write(tmp_path, "\ufeff" + _GOOD)).video.tolist() == ["clip"]
+
+
+@pytest.mark.parametrize(
+  ("row", "complaint"),
+  [
+    ("clip,0902,0.1,0.2,0.3,0.4", "6 columns"),
+    (_GOOD + ",5", "9 columns"),
+    ("clip", "1 columns"),
+    ("clip,0902,0.1,left,0.3,0.4,12,3", "'left' is not a number"),
+    ("video_id,timestamp,x1,y1,x2,y2,action_id,score", "'timestamp' is not a number"),
+    ("clip,0902,0.1,0.2,0.3,0.4,0,3", "action id 0"),
+    ("clip,0902,0.1,0.2,0.3,0.4,1.5,3", "action id 1.5"),
+    ("clip,0902,0.1,0.2,0.3,0.4,nan,3", "action id nan"),
+    ("clip,0902,0.1,0.2,0.3,0.4,inf,3", "action id inf"),
+    ("clip,0902,0.1,0.2,0.3,0.4,1e12,3", "action id 1e12"),
+    ("clip,0902,0.1,nan,0.3,0.4,12,3", "not finite"),
+    ("clip,inf", "not finite"),
+    ("clip,0902,0.1,0.2,0.3,0.4,12,nan", "score"),
+    (",0902,0.1,0.2,0.3,0.4,12,3", "video id is empty"),
+  ],
+)
+@pytest.mark.parametrize("around", [_GOOD, "clip,0902"])
+def test_bad_row_is_named(tmp_path, row, complaint, around):
+  path = _write(tmp_path, f"{around}\n{around}\n{row}\n{around}\n")
+  with pytest.raises(AnnotationError) as error:
+    annotations.read_ava_csv(path)
+  assert f"{path}:3: " in str(error.value)
+  assert complaint in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_line_numbers_go_on_from_block_to_block(tmp_path, monkeypatch):
+  monkeypatch.setattr(annotations, "_CHUNK", 100)
+  path = _write(tmp_path, f"{_GOOD}\n" * 50 + "clip,x\n")
+  with pytest.raises(AnnotationError, match=r"rows.csv:51: "):
+    annotations.read_ava_csv(path)
+  assert len(annotations.read_ava_csv(_write(tmp_path, f"{_GOOD}\n" * 50)).video) == 50
+
+
+def test_binary_file_is_an_error(tmp_path):
+  with pytest.raises(AnnotationError, match="not a text file"):
+    annotations.read_ava_csv(_write(tmp_path, b"\x00\xff\xfe\x9c"))
+
+
+def test_rows_survive_writing(tmp_path):
+  rng = np.random.default_rng(0)
+  score = rng.random(20).astype(np.float32).astype(np.float64)
+  rows = annotations.Rows(
+    np.array([f"clip_{index % 3}" for index in range(20)], object),
+    902 + np.arange(20) / 4,
+    rng.integers(0, 1000, (20, 4)) / 1000,
+    rng.integers(1, 81, 20).astype(np.int32),
+    score,
+  )
+  rows.action[5], rows.boxes[5], rows.extra[5] = 0, np.nan, 1
+  path = tmp_path / "rows.csv"
+  annotations.write_ava_csv(path, rows)
+  back = annotations.read_ava_csv(path)
+  for name, ours, theirs in zip(rows._fields, rows, back, strict=True):
+    np.testing.assert_array_equal(
+      theirs.astype(np.float32) if name == "extra" else theirs, ours, err_msg=name
+    )
+
+
+def test_written_as_ava_does(tmp_path):
+  rows = annotations.read_ava_csv(_write(tmp_path, "a,902,0.125,0,0.5,1,12,31\na,3\na,1.25,0,0,1,1,1,0.5\n"))
+  annotations.write_ava_csv(tmp_path / "out.csv", rows)
+  expected = "a,0902,0.125,0,0.5,1,12,31\na,0003\na,1.25,0,0,1,1,1,0.5\n"
+  assert (tmp_path / "out.csv").read_text() == expected
+
+
+def test_keyframes_merge_the_rows_of_an_actor(tmp_path):
+  text = "b,1,0,0,.5,1,2,7\na,1\nb,1,.5,0,1,1,3,8\nb,1,0,0,.5,1,3,7\nb,1,0,0,.5,1,1,9\n"
+  first, second = annotations.keyframes(annotations.read_ava_csv(_write(tmp_path, text)), 3)
+  assert (first.video, second.video) == ("b", "a")
+  assert first.person_ids.tolist() == [7, 8, 9]  # the third stands where the first does
+  assert first.labels.tolist() == [[0, 1, 1], [0, 0, 1], [1, 0, 0]]
+  assert first.boxes.tolist() == [[0, 0, 0.5, 1], [0.5, 0, 1, 1], [0, 0, 0.5, 1]]
+  assert second.boxes.shape == (0, 4)
+  assert second.labels.shape == (0, 3)
+
+
+def test_keyframes_refuse_too_large_ids(tmp_path):
+  with pytest.raises(AnnotationError, match="action id 12 does not fit 11"):
+    annotations.keyframes(annotations.read_ava_csv(_write(tmp_path, _GOOD)), 11)
+
+
+def test_label_map_survives_writing(tmp_path):
+  names = {80: "watch (a person)", 1: "bend/bow (at the waist)", 12: "stand"}
+  annotations.write_label_map(tmp_path / "map.pbtxt", names)
+  back = annotations.read_label_map(tmp_path / "map.pbtxt")
+  assert back == names
+  assert list(back) == [1, 12, 80]
+
+
+def test_label_map_forms(tmp_path):
+  text = 'item { name: "a" id: 1 }\nitem {\n  label_id: 2\n  name: "b"\n}\n'
+  assert annotations.read_label_map(_write(tmp_path, text)) == {1: "a", 2: "b"}
+
+
+@pytest.mark.parametrize(
+  ("item", "complaint"),
+  [
+    ('name: "b" id: 1', ":4: class id 1 stands twice"),
+    ('name: "b" id: 0', ":4: class id 0"),
+    ('name: "b"', ":4: this item lacks"),
+    ("id: 7", ":4: this item lacks"),
+  ],
+)
+def test_bad_label_map(tmp_path, item, complaint):
+  path = _write(tmp_path, f'item {{\n  name: "a" id: 1\n}}\nitem {{\n  {item}\n}}\n')
+  with pytest.raises(AnnotationError) as error:
+    annotations.read_label_map(path)
+  assert f"{path}{complaint}" in str(error.value)
+
+
+def test_label_map_without_classes(tmp_path):
+  with pytest.raises(AnnotationError, match="no class found"):
+    annotations.read_label_map(_write(tmp_path, "1,stand\n"))

@@ -1,0 +1,310 @@
+"""Frame-mAP against results of the official evaluator, a plain second implementation, and by hand."""
+
+import heapq
+import json
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vad_jax.annotations import Rows, read_ava_csv, read_label_map
+from vad_jax.metrics import frame_map as module
+from vad_jax.metrics.frame_map import average_precision, frame_map, person_ap
+
+_GOLDEN = Path(__file__).parents[1] / "golden" / "ava_small"
+_EXPECTED = json.loads((_GOLDEN / "expected.json").read_text())["expected"]
+_LABELS = {1: "stand", 2: "walk", 3: "run"}
+_LEFT, _RIGHT = (0.0, 0.0, 0.4, 1.0), (0.5, 0.0, 0.9, 1.0)
+
+
+def _rows(*rows):
+  """Rows of (video, time, box or None, action, extra)."""
+  video, time, boxes, action, extra = zip(*rows, strict=True) if rows else ((),) * 5
+  return Rows(
+    np.array(video, object),
+    np.array(time, np.float64),
+    np.array([[np.nan] * 4 if box is None else box for box in boxes], np.float64).reshape(-1, 4),
+    np.array(action, np.int32),
+    np.array(extra, np.float64),
+  )
+
+
+def _ground_truth(variant):
+  if variant == "official_gt_with_empty_rows.csv":
+    return read_ava_csv(_GOLDEN / "gt_with_empty_rows.csv")
+  rows = read_ava_csv(_GOLDEN / "gt.csv")
+  if variant == "official_gt.csv":
+    return rows
+  excluded = read_ava_csv(_GOLDEN / "excluded.csv")
+  keys = set(zip(excluded.video, excluded.timestamp, strict=True))
+  return rows.select(np.array([key not in keys for key in zip(rows.video, rows.timestamp, strict=True)]))
+
+
+@pytest.mark.parametrize(
+  "variant", ["official_gt.csv", "official_gt_minus_excluded", "official_gt_with_empty_rows.csv"]
+)
+@pytest.mark.parametrize("iou", ["0.5", "0.75"])
+@pytest.mark.parametrize("detections", ["results.csv", "results_clean.csv"])
+def test_matches_the_official_evaluator(detections, iou, variant):
+  expected = _EXPECTED[detections][iou][variant]
+  label_map = read_label_map(_GOLDEN / "labelmap.pbtxt")
+  result = frame_map(_ground_truth(variant), read_ava_csv(_GOLDEN / detections), label_map, iou=float(iou))
+  assert result.mean_ap == pytest.approx(expected["mAP"], abs=1e-12)
+  ap = {str(index): None if np.isnan(value) else value for index, value in result.ap.items()}
+  assert ap == {
+    key: None if value is None else pytest.approx(value, abs=1e-12) for key, value in expected["ap"].items()
+  }
+  for counts, key in (
+    (result.num_ground_truth, "num_gt"),
+    (result.num_detections, "num_det_scored"),
+    (result.num_true_positives, "num_tp"),
+  ):
+    assert counts == {index: expected[key].get(str(index), 0) for index in label_map}
+
+
+def _plain_map(ground_truth, detections, label_map, iou):
+  """The protocol once more, row by row and without any thought of speed."""
+
+  def read(rows, capacity):
+    heaps, seen = {}, set()
+    for video, time, box, action, extra in zip(*rows, strict=True):
+      key = (video, f"{time:.6f}")
+      seen.add(key)
+      if action in label_map:
+        heap = heaps.setdefault(key, [])
+        entry = (extra, action, box[1], box[0], box[3], box[2])
+        if len(heap) < capacity:
+          heapq.heappush(heap, entry)
+        elif extra > heap[0][0]:
+          heapq.heapreplace(heap, entry)
+    return {key: sorted(heap, key=lambda entry: -entry[0]) for key, heap in heaps.items()}, seen
+
+  def overlap(a, b):
+    height, width = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(height, 0) * max(width, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / union
+
+  truth, known = read(ground_truth, 10**9)
+  found, _ = read(detections, module.MAX_ROWS)
+  ap = {}
+  for index in label_map:
+    hits, total = [], sum(entry[1] == index for entries in truth.values() for entry in entries)
+    for key, entries in found.items():
+      boxes = [entry[2:] for entry in truth.get(key, []) if entry[1] == index]
+      taken = set()
+      for entry in entries:
+        if key not in known or entry[1] != index or entry[2] >= entry[4] or entry[3] >= entry[5]:
+          continue
+        overlaps = [overlap(entry[2:], box) for box in boxes]
+        best = int(np.argmax(overlaps)) if boxes else -1
+        hits.append((entry[0], bool(boxes) and overlaps[best] >= iou and best not in taken))
+        if hits[-1][1]:
+          taken.add(best)
+    ranked = [hits[i][1] for i in np.argsort([score for score, _ in hits], kind="stable")[::-1]]
+    true = np.cumsum(ranked)
+    precision = true / np.arange(1, len(ranked) + 1)
+    best = [max(precision[i:]) for i in range(len(ranked))]
+    ap[index] = sum(best[i] for i in range(len(ranked)) if ranked[i]) / total if total else np.nan
+  return ap
+
+
+@st.composite
+def _scenes(draw):
+  """Ground truth and detections with many ties, duplicates, crowded and unknown keyframes."""
+  rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+  num_truth, num_found = draw(st.integers(1, 25)), draw(st.integers(0, 150))
+  levels = draw(st.sampled_from([2, 5, 1000]))
+
+  def rows(count, num_videos, extra):
+    corner = rng.integers(0, 4, (count, 2)) / 8  # exact in binary, so that overlaps tie as well
+    side = rng.integers(extra is None, 4, (count, 2)) / 8
+    return Rows(
+      np.array([f"video{i}" for i in rng.integers(0, num_videos, count)], object),
+      rng.integers(1, 3, count).astype(np.float64),
+      np.concatenate([corner, corner + side], axis=1),
+      rng.integers(1, 5, count).astype(np.int32),
+      rng.integers(0, 3, count).astype(np.float64) if extra is None else extra,
+    )
+
+  truth = rows(num_truth, 2, None)
+  truth.action[0] = 1
+  return truth, rows(num_found, 3, rng.integers(0, levels, num_found) / levels)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(_scenes(), st.sampled_from([1, 8, 50]), st.sampled_from([0.2, 0.5]))
+def test_matches_a_plain_implementation(scene, limit, iou):
+  truth, found = scene
+  with mock.patch.object(module, "MAX_ROWS", limit):
+    expected = _plain_map(truth, found, _LABELS, iou)
+    result = frame_map(truth, found, _LABELS, iou=iou)
+  np.testing.assert_allclose([result.ap[index] for index in _LABELS], list(expected.values()), atol=1e-12)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(_scenes(), st.randoms(use_true_random=False))
+def test_order_of_rows_is_irrelevant_without_ties(scene, random):
+  truth, found = scene
+  found.extra[:] = np.random.default_rng(0).permutation(len(found.extra))
+  order = list(range(len(found.extra)))
+  random.shuffle(order)
+  shuffled = found.select(np.array(order, np.int64))
+  np.testing.assert_equal(frame_map(truth, shuffled, _LABELS).ap, frame_map(truth, found, _LABELS).ap)
+  assert person_ap(truth, shuffled) == person_ap(truth, found)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(_scenes(), st.integers(1, 3), st.sampled_from([-1.0, 0.35, 2.0]))
+def test_another_false_positive_never_helps(scene, action, score):
+  truth, found = scene
+  found = found.select(np.arange(min(40, len(found.extra))))  # below the limit of a keyframe
+  wrong = _rows((truth.video[0], truth.timestamp[0], (0.98, 0.98, 1.0, 1.0), action, score))
+  more = Rows(*(np.concatenate(columns) for columns in zip(found, wrong, strict=True)))
+  before, after = frame_map(truth, found, _LABELS).ap, frame_map(truth, more, _LABELS).ap
+  for index in _LABELS:
+    assert np.isnan(after[index]) or after[index] <= before[index] + 1e-12
+  if score == -1:  # at the end of the ranking it does not hurt either
+    np.testing.assert_equal(after, before)
+  assert person_ap(truth, more) <= person_ap(truth, found) + 1e-12
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(_scenes())
+def test_perfect_detections_give_one(scene):
+  def once(*columns):
+    return np.unique(np.column_stack([truth.timestamp, truth.boxes, *columns]), axis=0, return_index=True)[1]
+
+  truth = scene[0].select(scene[0].video == scene[0].video[0])
+  truth = truth.select(once(truth.action))
+  found = truth._replace(extra=np.linspace(0, 1, len(truth.extra)))
+  assert frame_map(truth, found, _LABELS).mean_ap == 1
+  assert person_ap(truth, found.select(once())) == 1
+
+
+def test_by_hand():
+  truth = _rows(("a", 1, _LEFT, 1, 0), ("a", 1, _RIGHT, 1, 1), ("a", 2, _LEFT, 2, 0))
+  found = _rows(
+    ("a", 1, _LEFT, 1, 0.9),  # right
+    ("a", 1, _LEFT, 1, 0.8),  # twice: wrong
+    ("a", 1, _RIGHT, 1, 0.7),  # right
+    ("b", 1, _LEFT, 1, 0.95),  # nothing is annotated there: not counted
+    ("a", 1.0000001, _LEFT, 9, 0.99),  # not a class
+  )
+  result = frame_map(truth, found, _LABELS)
+  assert result.ap[1] == pytest.approx((1 + 2 / 3) / 2)
+  assert result.ap[2] == 0
+  assert np.isnan(result.ap[3])
+  assert result.mean_ap == pytest.approx((1 + 2 / 3) / 4)
+  assert result.num_keyframes == 2
+  np.testing.assert_allclose(result.curves[1].precision, [1, 1 / 2, 2 / 3])
+  np.testing.assert_allclose(result.curves[1].recall, [1 / 2, 1 / 2, 1])
+  np.testing.assert_allclose(result.curves[1].score, [0.9, 0.8, 0.7])
+
+
+def test_iou_is_inclusive():
+  truth = _rows(("a", 1, (0, 0, 1, 1), 1, 0))
+  found = _rows(("a", 1, (0, 0, 0.5, 1), 1, 0.9))
+  assert frame_map(truth, found, _LABELS, iou=0.5).mean_ap == 1
+  assert frame_map(truth, found, _LABELS, iou=0.5001).mean_ap == 0
+
+
+def test_taken_box_is_no_second_choice():
+  truth = _rows(("a", 1, (0, 0, 1, 1), 1, 0), ("a", 1, (0, 0, 1, 0.8), 1, 1))
+  found = _rows(("a", 1, (0, 0, 1, 1), 1, 0.9), ("a", 1, (0, 0, 1, 0.95), 1, 0.8))
+  assert frame_map(truth, found, _LABELS).num_true_positives[1] == 1
+
+
+def test_empty_keyframe_holds_false_positives():
+  truth = _rows(("a", 1, _LEFT, 1, 0), ("a", 2, None, 0, 1))
+  found = _rows(("a", 2, _LEFT, 1, 0.9), ("a", 1, _LEFT, 1, 0.8))
+  assert frame_map(truth, found, _LABELS).mean_ap == 0.5
+  assert frame_map(truth.select(np.array([0])), found, _LABELS).mean_ap == 1
+  assert person_ap(truth, found) == 0.5
+
+
+def test_fifty_rows_of_a_keyframe_count():
+  truth = _rows(("a", 1, _LEFT, 1, 0))
+  crowd = [("a", 1, _RIGHT, 2, 0.9)] * 50
+  assert frame_map(truth, _rows(*crowd[1:], ("a", 1, _LEFT, 1, 0.5)), _LABELS).mean_ap == 1
+  assert frame_map(truth, _rows(*crowd, ("a", 1, _LEFT, 1, 0.5)), _LABELS).mean_ap == 0
+  assert person_ap(truth, _rows(*crowd, ("a", 1, _LEFT, 1, 0.5))) == pytest.approx(1 / 51)
+
+
+def test_boxes_without_area_use_up_the_limit_and_are_dropped():
+  truth = _rows(("a", 1, _LEFT, 1, 0))
+  thin = [("a", 1, (0.3, 0, 0.3, 1), 1, 0.9)]
+  result = frame_map(truth, _rows(*thin, ("a", 1, _LEFT, 1, 0.5)), _LABELS)
+  assert (result.mean_ap, result.num_detections[1]) == (1, 1)
+  assert frame_map(truth, _rows(*thin * 50, ("a", 1, _LEFT, 1, 0.5)), _LABELS).mean_ap == 0
+
+
+def test_no_detections():
+  truth = _rows(("a", 1, _LEFT, 1, 0))
+  assert frame_map(truth, _rows(), _LABELS).mean_ap == 0
+  assert person_ap(truth, _rows()) == 0
+
+
+def test_float32_boxes_and_blocks(monkeypatch):
+  rng = np.random.default_rng(0)
+  label_map = read_label_map(_GOLDEN / "labelmap.pbtxt")
+  truth, found = read_ava_csv(_GOLDEN / "gt.csv"), read_ava_csv(_GOLDEN / "results.csv")
+  found = found.select(rng.permutation(len(found.extra)))
+  whole = frame_map(truth, found, label_map)
+  monkeypatch.setattr(module, "_CHUNK", 7)
+  np.testing.assert_equal(frame_map(truth, found, label_map).ap, whole.ap)
+  single = found._replace(boxes=found.boxes.astype(np.float32))
+  assert frame_map(truth, single, label_map).mean_ap == pytest.approx(whole.mean_ap, abs=0.02)
+
+
+def test_person_ap_by_hand():
+  # Two rows of one person, one of another.
+  truth = _rows(("a", 1, _LEFT, 1, 0), ("a", 1, _LEFT, 2, 0), ("a", 1, _RIGHT, 1, 1), ("a", 2, _LEFT, 70, 0))
+  found = _rows(("a", 1, _LEFT, 1, 0.9), ("a", 1, (0, 0, 0.1, 0.1), 1, 0.8), ("a", 2, _LEFT, 1, 0.7))
+  assert person_ap(truth, found) == pytest.approx((1 + 2 / 3) / 3)
+  assert person_ap(truth, found, iou=1.0) == pytest.approx((1 + 2 / 3) / 3)
+
+
+def test_average_precision_takes_the_envelope():
+  precision, recall = np.array([0.0, 0.5, 1 / 3, 0.5]), np.array([0, 0.5, 0.5, 1])
+  assert average_precision(precision, recall) == 0.5
+  assert average_precision(np.zeros(0), np.zeros(0)) == 0
+
+
+@pytest.mark.parametrize(
+  ("truth", "found", "complaint"),
+  [
+    (
+      ("a", 1, _LEFT, 1, 0),
+      ("clip", 7, _LEFT, 1, np.nan),
+      r"detection 1 of 1 \(clip at 7 s\): the score is NaN",
+    ),
+    (
+      ("clip", 7, (0.5, 0, 0.4, 1), 1, 0),
+      ("a", 1, _LEFT, 1, 1),
+      r"annotation 1 of 1 \(clip at 7 s\).*inverted",
+    ),
+    (("a", 1, _LEFT, 70, 0), ("a", 1, _LEFT, 1, 1), "no annotation has a class of the label map"),
+    (("a", 1, None, 0, 0), ("a", 1, _LEFT, 1, 1), "no annotation has a class of the label map"),
+  ],
+)
+def test_bad_input_is_named(truth, found, complaint):
+  with pytest.raises(ValueError, match=complaint):
+    frame_map(_rows(truth), _rows(found), _LABELS)
+
+
+def test_bad_iou():
+  rows = _rows(("a", 1, _LEFT, 1, 0))
+  for iou in (0, 50, np.nan):
+    with pytest.raises(ValueError, match="iou is"):
+      frame_map(rows, rows, _LABELS, iou=iou)
+    with pytest.raises(ValueError, match="iou is"):
+      person_ap(rows, rows, iou=iou)
+
+
+def test_person_ap_without_people():
+  with pytest.raises(ValueError, match="no annotation holds a box"):
+    person_ap(_rows(("a", 1, None, 0, 1)), _rows())
