@@ -253,7 +253,8 @@ class RecordFrames:
 
   def _read(self, number: int) -> dict[str, Any]:
     if self._source is None:
-      self._source = tfds.builder_from_directory(self.directory).as_data_source(split=self._split)
+      builder: Any = tfds.builder_from_directory(self.directory)
+      self._source = builder.as_data_source(split=self._split)
     return self._source[number]
 
   def _decode(self, record: dict[str, Any], row: int) -> np.ndarray:

@@ -119,7 +119,7 @@ class VideoReader:
       self.broken = 0  # they are met again when the frames are read
       stream, container = self._stream, self._container
       self.fps = float(stream.average_rate or stream.guessed_rate or 30)
-      self._stream_duration = float(stream.duration * stream.time_base) if stream.duration else None
+      self._stream_duration = float(stream.duration * self._time_base) if stream.duration else None
       self.duration = self._stream_duration or (
         container.duration / av.time_base if container.duration else None
       )
@@ -204,6 +204,7 @@ class VideoReader:
     if self._stream.codec_context is None:
       self._container.close()
       raise VideoError(f"{self.path}: FFmpeg has no decoder for its video; re-encode it as H.264")
+    self._time_base = self._stream.time_base or Fraction(1, av.time_base)
     self._stream.thread_type = "AUTO"
     self._stream.codec_context.thread_count = self._threads
 
@@ -214,9 +215,7 @@ class VideoReader:
       # Containers index by decoding time and hold damaged or missing keyframes: look, and go further back if
       # need be.
       try:
-        self._container.seek(
-          self._origin + int((start - margin) / self._stream.time_base), stream=self._stream
-        )
+        self._container.seek(self._origin + int((start - margin) / self._time_base), stream=self._stream)
       except av.error.FFmpegError:
         break
       frames = self._decode(after_seek=True)
@@ -248,7 +247,7 @@ class VideoReader:
         if frame.pts is None:
           time = max(last_time, -1 / self.fps) + 1 / self.fps
         else:
-          time = float((frame.pts - self._origin) * self._stream.time_base)
+          time = float((frame.pts - self._origin) * self._time_base)
         if frame.is_corrupt or time <= last_time:
           self.broken += 1
         if time > last_time:
@@ -445,6 +444,7 @@ class _Audio:
     self._source: av.container.InputContainer = av.open(os.fspath(path))
     self._packets: Iterator[av.Packet] = iter(())
     self._next: av.Packet | None = None
+    self._next_time = 0.0
     self._resampler = None
     if not self._source.streams.audio:
       return
@@ -456,26 +456,27 @@ class _Audio:
       self._output = target.add_stream("aac", rate=rate, layout="stereo")
       self._output.codec_context.open()
       self._resampler = AudioResampler("fltp", "stereo", rate, self._output.codec_context.frame_size)
+    self._time_base = stream.time_base or Fraction(1, av.time_base)
     video = next(iter(self._source.streams.video), None)
-    origin = video.start_time * video.time_base if video and video.start_time else Fraction(0)
-    self._origin = round(origin / stream.time_base)
-    self._packets = self._source.demux(stream)
+    start = video.start_time * video.time_base if video and video.start_time and video.time_base else 0
+    self._origin = round(start / self._time_base)
+    # Packets without a time stamp, and those before the first picture, have no place.
+    self._packets = (p for p in self._source.demux(stream) if p.pts is not None and p.pts >= self._origin)
     self._advance()
 
   def copy_until(self, time: float) -> None:
     """Moves the sound that starts before a time."""
-    while self._next is not None and self._next.pts * self._next.time_base < time:
-      packet = self._next
-      if packet.pts >= 0:
-        try:
-          self._move(packet)
-        except av.error.InvalidDataError:
-          logger.warning("%s: a damaged piece of sound was left out", self._path)
+    while self._next is not None and self._next_time < time:
+      try:
+        self._move(self._next)
+      except av.error.InvalidDataError:
+        logger.warning("%s: a damaged piece of sound was left out", self._path)
       self._advance()
 
   def finish(self) -> None:
+    """Writes what the encoder still holds."""
     if self._resampler:
-      self._encode([*self._resampler.resample(None)])
+      self._encode(self._resampler.resample(None))
       self._target.mux(self._output.encode(None))
 
   def close(self) -> None:
@@ -483,14 +484,14 @@ class _Audio:
 
   def _advance(self) -> None:
     try:
-      self._next = next((packet for packet in self._packets if packet.pts is not None), None)
+      self._next = next(self._packets, None)
     except av.error.FFmpegError:
       logger.warning("%s: the sound ends early, the file is damaged", self._path)
       self._next = None
     if self._next is not None:
-      self._next.pts -= self._origin
-      if self._next.dts is not None:
-        self._next.dts -= self._origin
+      self._next.pts = (self._next.pts or 0) - self._origin
+      self._next.dts = self._next.pts
+      self._next_time = float(self._next.pts * self._time_base)
 
   def _move(self, packet: av.Packet) -> None:
     if self._resampler is None:
