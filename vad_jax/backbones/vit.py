@@ -8,6 +8,7 @@ scratch learn much faster with it, published weights need ``stem="patch"``.
 
 from typing import Literal
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +56,7 @@ class ViT(nnx.Module):
     """
     self.width, self.patch, self.trained_side = width, patch, trained_side
     if stem == "patch":
-      self.patch_embed = nnx.Conv(3, width, patch, strides=patch, padding="VALID", dtype=dtype, rngs=rngs)
+      self.patch_embed = PatchEmbed(width, patch, dtype=dtype, rngs=rngs)
     else:
       self.patch_embed = ConvolutionStem(width, patch, dtype=dtype, rngs=rngs)
     rates = np.linspace(0, drop_path, depth)
@@ -76,29 +77,52 @@ class ViT(nnx.Module):
     return tokens + jnp.asarray(positions, tokens.dtype)
 
 
+class PatchEmbed(nnx.Module):
+  """Linear embedding of non-overlapping patches: a convolution whose stride is its window, as one matmul."""
+
+  def __init__(
+    self, width: int, patch: tuple[int, int, int], *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs
+  ):
+    self.patch, self.dtype = patch, dtype
+    self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (*patch, 3, width)))
+    self.bias = nnx.Param(jnp.zeros(width))
+
+  def __call__(self, video: Array) -> Array:
+    """``[B, T, H, W, 3]`` to ``[B, t, h, w, C]``."""
+    t, h, w = self.patch
+    x = einops.rearrange(video, "b (t dt) (h dh) (w dw) c -> b t h w (dt dh dw c)", dt=t, dh=h, dw=w)
+    x, kernel, bias = nnx.nn.dtypes.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
+    return x @ kernel.reshape(-1, kernel.shape[-1]) + bias
+
+
 class ConvolutionStem(nnx.Module):
-  """A quarter-size patch embedding, then 3x3x3 convolutions of spatial stride 2 up to the stride of the tokens."""
+  """Small patches, 3x3 convolutions of stride 2 in space up to the stride of the tokens, then one over time."""
 
   def __init__(self, width: int, patch: tuple[int, int, int], *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
-    first = (patch[0], 4, 4)
-    channels = width // 4
-    self.first = nnx.Conv(3, channels, first, strides=first, padding="VALID", dtype=dtype, rngs=rngs)
-    self.rest, self.norms = nnx.List([]), nnx.List([])
-    for _ in range((patch[1] // 4).bit_length() - 1):
+    steps = (patch[1] // 4).bit_length() - 1
+    if patch[1:] != (4 * 2**steps,) * 2 or width % 2**steps:
+      raise ValueError(f"a convolution stem needs square patches of 4, 8, 16... pixels, not {patch[1:]}")
+    channels = width // 2**steps
+    self.first = PatchEmbed(channels, (patch[0], 4, 4), dtype=dtype, rngs=rngs)
+    self.norms, self.space = nnx.List([]), nnx.List([])
+    for _ in range(steps):
       self.norms.append(nnx.LayerNorm(channels, epsilon=1e-6, dtype=dtype, rngs=rngs))
-      self.rest.append(
-        nnx.Conv(channels, 2 * channels, (3, 3, 3), strides=(1, 2, 2), padding=1, dtype=dtype, rngs=rngs)
-      )
+      self.space.append(nnx.Conv(channels, 2 * channels, (3, 3), strides=2, padding=1, dtype=dtype, rngs=rngs))
       channels *= 2
-    if channels != width:
-      raise ValueError(f"a convolution stem needs a patch of 16 pixels, not {patch[1]}")
+    self.norms.append(nnx.LayerNorm(channels, epsilon=1e-6, dtype=dtype, rngs=rngs))
+    self.time = nnx.Conv(channels, channels, (3,), padding=1, dtype=dtype, rngs=rngs)
 
   def __call__(self, video: Array) -> Array:
     """``[B, T, H, W, 3]`` to ``[B, t, h, w, C]``."""
     x = self.first(video)
-    for norm, conv in zip(self.norms, self.rest, strict=True):
+    batch, t = x.shape[:2]
+    x = einops.rearrange(x, "b t h w c -> (b t) h w c")
+    for norm, conv in zip(self.norms, self.space, strict=False):
       x = conv(jax.nn.gelu(norm(x), approximate=False))
-    return x
+    _, h, w, _ = x.shape
+    x = einops.rearrange(x, "(b t) h w c -> (b h w) t c", b=batch)
+    x = x + self.time(jax.nn.gelu(self.norms[-1](x), approximate=False))
+    return einops.rearrange(x, "(b h w) t c -> b t h w c", b=batch, h=h, w=w)
 
 
 # Published VideoMAE names (fine-tuning layout) of this module's parameters; leaves are renamed and transposed by kind.
