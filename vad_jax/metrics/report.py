@@ -8,6 +8,7 @@ import importlib.resources
 import json
 import math
 import os
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,7 +133,7 @@ def _figure(caption: str, image: np.ndarray) -> _Figure:
 def _video_source(video: Path, page: Path) -> str:
   if video.stat().st_size <= _INLINE_VIDEO_BYTES:
     return _data_uri("video/mp4", video.read_bytes())
-  return Path(os.path.relpath(video, page.parent)).as_posix()
+  return urllib.parse.quote(Path(os.path.relpath(video, page.parent)).as_posix())
 
 
 def _data_uri(kind: str, data: bytes) -> str:
