@@ -1,0 +1,72 @@
+"""What every config starts from: all keys with their meaning and default."""
+
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+
+def base() -> ConfigDict:
+  """All keys that exist. The result is locked: setting one that does not exist is an error."""
+  config = ConfigDict()
+  config.seed = 0
+  config.num_epochs = 12.0
+  config.num_steps = config_dict.placeholder(int)  # counts instead of num_epochs where it is set
+  config.batch_size = 16  # over all devices
+  config.workers = 0  # processes that load data; 0 loads in threads
+
+  # Name of the system and arguments of its constructor; the number of classes comes from the data.
+  config.model = ConfigDict({"name": "evad"})
+
+  # Name of the set, folder of all prepared sets, and arguments of the set's function in vad_jax.datasets.
+  config.data = ConfigDict({"name": "synthetic", "root": "data"})
+  config.clip = ConfigDict({"num_frames": 16, "frame_stride": 4, "fps": 30.0})
+  config.canvas = (288, 512)  # height and width of the padded frames, multiples of 32
+  config.short_side = 288  # of the frames on it, as far as they fit
+  config.max_boxes = 32  # actors of one keyframe; more than that are dropped, smallest first
+  config.augment = ConfigDict({"flip": 0.5, "scale": (1.0, 1.0), "color": 0.0})
+
+  # groups: (regular expression of parameter names, factor of the learning rate); no_decay: regular expressions.
+  config.optimizer = ConfigDict({"weight_decay": 1e-4, "groups": (), "no_decay": ()})
+  config.optimizer.clip_norm = config_dict.placeholder(float)
+  config.schedule = ConfigDict(
+    {"name": "cosine", "learning_rate": 1e-4}
+  )  # and arguments of vad_jax.optim.<name>
+  config.ema_decay = config_dict.placeholder(float)
+  config.matcher = "device"  # or "scipy"
+
+  config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that are left
+  config.sharding = "replicate"  # or "fsdp"
+
+  # score: "product" of actor and action, or "action" alone; persons below actor_threshold say nothing then.
+  config.eval = ConfigDict(
+    {"every_epochs": 1.0, "score": "product", "actor_threshold": 0.0, "score_threshold": 0.0}
+  )
+  config.log = ConfigDict({"every_steps": 50})
+  config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2})
+  return config.lock()
+
+
+def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
+  """Reads the part of ``--config file.py:tiny,keep_rate=0.6`` behind the colon.
+
+  Args:
+    arg: items ``name=value`` or, for switches, ``name`` alone.
+    **known: names that exist with their defaults, whose type values are converted to.
+
+  Raises:
+    ValueError: a name does not exist, or a value has the wrong type.
+  """
+  result = dict(known)
+  for item in filter(None, (arg or "").split(",")):
+    name, _, value = item.partition("=")
+    if name not in known:
+      close = difflib.get_close_matches(name, known, 1)
+      hint = f"; did you mean {close[0]!r}?" if close else ""
+      raise ValueError(f"config argument {name!r} is not known{hint} Known: {', '.join(known)}")
+    kind = type(known[name])
+    try:
+      result[name] = value.lower() in ("", "1", "true", "yes") if kind is bool else kind(value)
+    except ValueError:
+      raise ValueError(f"config argument {name}={value}: expected {kind.__name__}") from None
+  return ConfigDict(result)

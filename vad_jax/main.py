@@ -1,0 +1,394 @@
+"""Trains and evaluates what a config describes.
+
+    python -m vad_jax.main --config configs/quickstart.py --workdir runs/quickstart
+
+A working directory belongs to one config; a run that was stopped goes on when it is started again. Afterwards
+it holds ``checkpoints/``, TensorBoard logs in ``logs/``, ``metrics.json``, ``detections.csv``,
+``report.html`` and, where the videos of the set are at hand, a held-out one with the detections drawn in
+``videos/``.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from absl import app, flags, logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from vad_jax import checkpoint, datasets, models, optim, predict, sharding, visualize
+from vad_jax.annotations import Rows, write_ava_csv
+from vad_jax.datasets.augment import Augment
+from vad_jax.datasets.loader import ClipSpec, KeyframeDataset, eval_batches, train_batches
+from vad_jax.datasets.video import video_files
+from vad_jax.evaluate import Evaluation, evaluate
+from vad_jax.metrics.report import write_report
+from vad_jax.train import NonFiniteError, PredictFn, Result, make_predict, train
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, with arguments: configs/evad_vitb.py:tiny"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go")
+_MODE = flags.DEFINE_enum(
+  "mode", "train_and_evaluate", ["train", "evaluate", "train_and_evaluate"], "What to do"
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Join the other processes (jax.distributed.initialize)"
+)
+
+# Keys that may change between the runs of a working directory: they have no effect on what is learnt.
+_FREE_KEYS = (
+  "eval.",
+  "log.",
+  "checkpoint.",
+  "mesh.",
+  "sharding",
+  "workers",
+  "data.root",
+  "data.workers",
+  "matcher",
+)
+_NUM_EXAMPLES = 6
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command line; returns the exit code."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  begun = time.perf_counter()
+  try:
+    if _DISTRIBUTED.value:
+      jax.distributed.initialize()
+    stopped = run(_CONFIG.value, Path(_WORKDIR.value), _MODE.value, begun)
+  except KeyboardInterrupt:
+    print("aborted; a run goes on from its last checkpoint when it is started again", file=sys.stderr)
+    return 130
+  except (ValueError, OSError, NonFiniteError) as error:
+    if logging.get_verbosity() > logging.INFO:
+      raise
+    print(f"error: {error}\n(--v=1 shows where it happened)", file=sys.stderr)
+    return 1
+  if stopped:
+    print(f"{stopped}: all is saved; the same command goes on from here", file=sys.stderr)
+  return 130 if stopped == "interrupted" else 0
+
+
+def run(config: ConfigDict, workdir: Path, mode: str, begun: float) -> str:
+  """Does what the mode says; returns why training was stopped early, if it was.
+
+  Args:
+    config: see ``configs/common.py``.
+    workdir: made where it is missing.
+    mode: ``train``, ``evaluate`` or ``train_and_evaluate``.
+    begun: ``time.perf_counter()`` of the start, for the time in all.
+
+  Raises:
+    ValueError: the config does not fit itself, the devices, the data or the working directory.
+    OSError: the working directory cannot be written.
+  """
+  _claim(workdir, config)
+  mesh = sharding.make_mesh(config.mesh.to_dict())
+  local_batch = sharding.local_batch_size(config.batch_size, mesh)
+  sets = _load_data(config)
+  numbers: dict[str, Any] = {}
+  if mode != "evaluate":
+    result = _train(config, workdir, mesh, local_batch, sets, with_evaluation=mode == "train_and_evaluate")
+    if result.stopped or mode == "train":
+      return result.stopped
+    numbers = {
+      "train_seconds": result.train_seconds,
+      "compile_seconds": result.compile_seconds,
+      "steps_per_second": result.steps / result.train_seconds if result.steps else float("nan"),
+    }
+  loaded = checkpoint.load_model(workdir)
+  graphdef, params, rest = checkpoint.split_model(loaded.model)
+  weights = jax.device_put((params, rest), sharding.infer_sharding((params, rest), mesh))
+  with jax.set_mesh(mesh):
+    predict_fn = functools.partial(jax.jit(make_predict(graphdef)), *weights)
+    evaluation = _evaluate(config, mesh, local_batch, sets["val"], loaded.info["label_map"], predict_fn)
+  assert evaluation is not None  # nobody asks it to stop
+  if jax.process_index() == 0:
+    numbers = {
+      **evaluation.metrics,
+      "step": loaded.info["step"],
+      "parameters": sum(x.size for x in jax.tree.leaves(params)),
+      **numbers,
+      "peak_memory_mb": _peak_memory(),
+      "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
+    }
+    _write_results(workdir, config, loaded, sets, evaluation, numbers, begun)
+  return ""
+
+
+def _claim(workdir: Path, config: ConfigDict) -> None:
+  """Makes the working directory and notes the config in it, or checks that it is the one that was noted.
+
+  Raises:
+    OSError: the directory cannot be written.
+    ValueError: it belongs to another config; names the keys that differ.
+  """
+  path = workdir / "config.json"
+  text = config.to_json_best_effort(indent=2)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and jax.process_index() == 0:
+      path.write_text(text)
+    with (workdir / f".writable_{jax.process_index()}").open("w") as probe:
+      Path(probe.name).unlink()
+  except OSError as error:
+    raise OSError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+  multihost_utils.sync_global_devices("config")
+  before, now = _flatten(json.loads(path.read_text())), _flatten(json.loads(text))
+  differing = [
+    f"{key} ({before.get(key, 'absent')} before, {now.get(key, 'absent')} now)"
+    for key in sorted(before.keys() | now.keys())
+    if before.get(key) != now.get(key) and not key.startswith(_FREE_KEYS)
+  ]
+  if differing:
+    raise ValueError(
+      f"workdir {workdir} belongs to a run of another config: {'; '.join(differing)}. "
+      "Take another workdir, or remove this one"
+    )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for key, value in tree.items():
+    flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+  return flat
+
+
+def _load_data(config: ConfigDict) -> dict[str, KeyframeDataset]:
+  """Opens the data set; the first process prepares what is missing, the others wait for it."""
+  kwargs = config.data.to_dict()
+  load = functools.partial(
+    datasets.load, kwargs.pop("name"), kwargs.pop("root"), clip=ClipSpec(**config.clip), **kwargs
+  )
+  sets = load() if jax.process_index() == 0 else {}
+  multihost_utils.sync_global_devices("data")
+  return sets or load()
+
+
+def _train(
+  config: ConfigDict,
+  workdir: Path,
+  mesh: Mesh,
+  local_batch: int,
+  sets: dict[str, KeyframeDataset],
+  *,
+  with_evaluation: bool,
+) -> Result:
+  """Trains from the last checkpoint, or from the start."""
+  steps_per_epoch = max(len(sets["train"]) // config.batch_size, 1)
+  num_steps = config.num_steps or round(config.num_epochs * steps_per_epoch)
+  schedule = optim.make_schedule(**config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+  model = {**config.model.to_dict(), "num_classes": sets["train"].num_classes}
+  info = {
+    "model": model,
+    "clip": config.clip.to_dict(),
+    "canvas": list(config.canvas),
+    "short_side": config.short_side,
+    "label_map": sets["train"].label_map,
+  }
+  batches = train_batches(
+    sets["train"],
+    batch_size=local_batch,
+    seed=config.seed,
+    augment=Augment(**config.augment),
+    **_loading(config),
+  )
+
+  def evaluate_during(predict_fn: PredictFn, should_stop: Any) -> dict[str, float] | None:
+    label_map = sets["train"].label_map
+    result = _evaluate(config, mesh, local_batch, sets["val"], label_map, predict_fn, should_stop)
+    return result and result.metrics
+
+  with (
+    checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+    _writer(workdir / "logs") as writer,
+  ):
+    return train(
+      lambda rngs: models.build(**model, rngs=rngs),
+      batches,
+      num_steps=num_steps,
+      make_optimizer=functools.partial(optim.make_optimizer, learning_rate=schedule, **config.optimizer),
+      learning_rate=schedule,
+      mesh=mesh,
+      checkpoints=checkpoints,
+      info=info,
+      writer=writer,
+      sharding=config.sharding,
+      matcher=config.matcher,
+      ema_decay=config.ema_decay,
+      seed=config.seed,
+      log_every=config.log.every_steps,
+      save_every=config.checkpoint.every_steps,
+      evaluate_every=round(config.eval.every_epochs * steps_per_epoch),
+      evaluate=evaluate_during if with_evaluation else None,
+    )
+
+
+def _loading(config: ConfigDict) -> dict[str, Any]:
+  """Arguments that training and evaluation batches share."""
+  return {
+    "canvas": tuple(config.canvas),
+    "short_side": config.short_side,
+    "max_boxes": config.max_boxes,
+    "workers": config.workers,
+    "process_index": jax.process_index(),
+    "process_count": jax.process_count(),
+  }
+
+
+def _evaluate(
+  config: ConfigDict,
+  mesh: Mesh,
+  local_batch: int,
+  dataset: KeyframeDataset,
+  label_map: dict[int, str],
+  predict_fn: PredictFn,
+  should_stop: Any = None,
+) -> Evaluation | None:
+  if label_map != dataset.label_map:
+    raise ValueError("the classes of the checkpoint are not those of the data set")
+  return evaluate(
+    predict_fn,
+    dataset,
+    eval_batches(dataset, batch_size=local_batch, **_loading(config)),
+    label_map,
+    mesh=mesh,
+    score=config.eval.score,
+    actor_threshold=config.eval.actor_threshold,
+    score_threshold=config.eval.score_threshold,
+    should_stop=should_stop,
+  )
+
+
+@contextlib.contextmanager
+def _writer(directory: Path) -> Iterator[Any]:
+  """CLU's writer of TensorBoard logs; TensorFlow, which it needs, is kept off the accelerators and quiet."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  import tensorflow as tf
+  from clu import metric_writers
+
+  tf.config.set_visible_devices([], "GPU")
+  writer = metric_writers.create_default_writer(str(directory), just_logging=jax.process_index() > 0)
+  try:
+    yield writer
+  finally:
+    writer.close()
+
+
+def _peak_memory() -> float:
+  """Most memory of this process so far, and of its first accelerator where that is more, in MB."""
+  host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+  device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1024**2
+  return max(host, device)
+
+
+def _write_results(
+  workdir: Path,
+  config: ConfigDict,
+  loaded: checkpoint.Loaded,
+  sets: dict[str, KeyframeDataset],
+  evaluation: Evaluation,
+  numbers: dict[str, Any],
+  begun: float,
+) -> None:
+  """Writes detections, an annotated video, the report and the numbers, and says where they are."""
+  label_map = loaded.info["label_map"]
+  write_ava_csv(workdir / "detections.csv", evaluation.detections)
+  source = _held_out_video(sets["val"])
+  video = source and predict.predict_video(loaded, source, workdir / "videos").video
+  labels = sum(
+    (keyframe.labels.sum(0) for keyframe in sets["train"].keyframes), np.zeros(sets["train"].num_classes)
+  )
+  numbers = {**numbers, "wall_seconds": time.perf_counter() - begun}
+  write_report(
+    workdir / "report.html",
+    title=workdir.resolve().name,
+    metrics=numbers,
+    frame_map=evaluation.frame_map,
+    label_map=label_map,
+    train_counts={index: int(labels[index - 1]) for index in label_map},
+    examples=_examples(sets["val"], evaluation, label_map),
+    video=video,
+    config=json.loads(config.to_json_best_effort()),
+  )
+  ap = {label_map[index]: value for index, value in evaluation.frame_map.ap.items() if np.isfinite(value)}
+  (workdir / "metrics.json").write_text(json.dumps({**numbers, "ap": ap}, indent=2) + "\n")
+  table = rich.table.Table(title=f"{config.model.name} on {config.data.name}", show_header=False)
+  for name, value in numbers.items():
+    table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+  table.add_section()
+  for name, path in {
+    "checkpoints": workdir / "checkpoints",
+    "report": workdir / "report.html",
+    "annotated video": video or "(the set has no videos at hand)",
+    "detections": workdir / "detections.csv",
+    "numbers": workdir / "metrics.json",
+    "TensorBoard": f"tensorboard --logdir {workdir / 'logs'}",
+  }.items():
+    table.add_row(name, str(path))
+  rich.console.Console().print(table)
+
+
+def _held_out_video(dataset: KeyframeDataset) -> Path | None:
+  """The video file of the first keyframe, beside the folder that its frames are read from."""
+  for parent in dataset.frames.directory.absolute().parents:
+    if (parent / "videos" / "val").is_dir():
+      return video_files(parent / "videos" / "val").get(dataset.keyframes[0].video)
+  return None
+
+
+def _examples(
+  dataset: KeyframeDataset, evaluation: Evaluation, label_map: dict[int, str]
+) -> list[tuple[str, np.ndarray]]:
+  """Some keyframes with people, annotated and detected boxes drawn side by side."""
+  peopled = [index for index, keyframe in enumerate(dataset.keyframes) if len(keyframe.boxes)]
+  chosen = np.unique(np.linspace(0, len(peopled) - 1, _NUM_EXAMPLES).astype(int)) if peopled else []
+  pictures = []
+  for keyframe in (dataset.keyframes[peopled[index]] for index in chosen):
+    frame = visualize.upscale(dataset.frames.frames(keyframe.video, [keyframe.timestamp])[0])
+    names = [[label_map[k + 1] for k in np.flatnonzero(labels)] for labels in keyframe.labels]
+    truth = visualize.draw_detections(frame, keyframe.boxes, names)
+    found = visualize.draw_detections(
+      frame, *_confident(evaluation, keyframe.video, keyframe.timestamp, label_map)
+    )
+    pictures.append((f"{keyframe.video} at {keyframe.timestamp:g} s", visualize.side_by_side(truth, found)))
+  return pictures
+
+
+def _confident(
+  evaluation: Evaluation, video: str, timestamp: float, label_map: dict[int, str]
+) -> tuple[np.ndarray, list[list[str]]]:
+  """Boxes of a keyframe whose actor score is at least 0.5, with their actions of at least 0.3."""
+
+  def of_keyframe(rows: Rows, threshold: float) -> Rows:
+    return rows.select((rows.video == video) & (rows.timestamp == timestamp) & (rows.extra >= threshold))
+
+  persons, actions = of_keyframe(evaluation.persons, 0.5), of_keyframe(evaluation.detections, 0.3)
+  captions = []
+  for box in persons.boxes:
+    own = actions.select((actions.boxes == box).all(-1))
+    best = np.argsort(-own.extra)[:3]
+    captions.append([f"{label_map[own.action[row]]} {own.extra[row]:.2f}" for row in best])
+  return persons.boxes, captions
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)
