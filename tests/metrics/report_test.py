@@ -43,7 +43,7 @@ class _Page(HTMLParser):
 
   def handle_data(self, data):
     if self.open[-1:] != ["style"]:
-      self.text += data
+      self.text += data + " "
 
   def find(self, tag):
     return [attributes for name, attributes in self.tags if name == tag]
