@@ -210,7 +210,8 @@ class VideoReader:
 
   def _decode_from(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
     """Decodes from a keyframe on; the first frame is not later than `start`, if the file has such a frame."""
-    margin = 0.0
+    # MPEG program streams stamp only some frames, so that times after a seek are guesses.
+    margin = math.inf if self._container.format.name == "mpeg" else 0.0
     while start - margin > 0:
       # Containers index by decoding time and hold damaged or missing keyframes: look, and go further back if
       # need be.

@@ -1,0 +1,77 @@
+"""Small videos whose frames carry their number in black and white bars, so that tests can tell them apart."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from vad_jax.datasets.video import VideoWriter
+
+_BITS = 10
+
+
+def picture(number: int, size: tuple[int, int] = (48, 80)) -> np.ndarray:
+  """A grey frame; the upper half shows the number in bars, most significant bit first."""
+  height, width = size
+  frame = np.full((height, width, 3), 128, np.uint8)
+  for bit in range(_BITS):
+    left, right = bit * width // _BITS, (bit + 1) * width // _BITS
+    frame[: height // 2, left:right] = 255 if number >> (_BITS - 1 - bit) & 1 else 0
+  return frame
+
+
+def number(frame: np.ndarray) -> int:
+  """Reads the number of a frame, whatever size it was brought to."""
+  height, width = frame.shape[:2]
+  centres = (np.arange(_BITS) * 2 + 1) * width // (2 * _BITS)
+  bits = frame[height // 4, centres].mean(axis=-1) > 128
+  return int(bits @ (1 << np.arange(_BITS)[::-1]))
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+  return [number(frame) for frame in frames]
+
+
+def write(path: Path, count: int, fps: float = 10, size: tuple[int, int] = (48, 80)) -> Path:
+  with VideoWriter(path, size=size, fps=fps) as writer:
+    for index in range(count):
+      writer.write(picture(index, size))
+  return path
+
+
+def encode(
+  path: Path,
+  times: np.ndarray,
+  *,
+  codec: str,
+  options: dict[str, str] | None = None,
+  rotation: int = 0,
+  audio: str | None = None,
+) -> Path:
+  """Writes frames at given times with any codec; with `audio` a tone from time zero on, its packets first."""
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream(codec, rate=25, options=options or {})
+    stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv420p"
+    stream.codec_context.time_base = Fraction(1, 25 if codec.startswith("mpeg") else 1000)
+    if rotation:
+      stream.set_display_rotation(rotation)
+    if audio:
+      sound = container.add_stream(audio, rate=48_000, layout="mono")
+      sound.codec_context.open()
+      step = sound.codec_context.frame_size or 1024
+      for start in range(0, int((times[-1] + 0.5) * 48_000), step):
+        tone = 0.3 * np.sin(np.arange(start, start + step) * (2 * np.pi * 440 / 48_000))
+        kind = sound.codec_context.format.name
+        tone = tone.astype(np.float32) if kind.startswith("flt") else (tone * 32767).astype(np.int16)
+        chunk = av.AudioFrame.from_ndarray(tone[None], format=kind, layout="mono")
+        chunk.sample_rate, chunk.pts, chunk.time_base = 48_000, start, Fraction(1, 48_000)
+        container.mux(sound.encode(chunk))
+      container.mux(sound.encode(None))
+    for index, time in enumerate(times):
+      frame = av.VideoFrame.from_ndarray(picture(index), format="rgb24")
+      frame.time_base = stream.codec_context.time_base
+      frame.pts = round(time / frame.time_base)
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+  return path
