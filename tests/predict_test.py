@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vad_jax import annotations, checkpoint, predict
+from vad_jax import annotations, checkpoint, models, predict
 from vad_jax.batch import Detections
 from vad_jax.datasets.augment import place_on_canvas
+from vad_jax.datasets.loader import ClipSpec, KeyframeDataset, VideoFrames, eval_batches
 from vad_jax.datasets.video import VideoError, VideoReader, VideoWriter
 
 FPS = 30.0
@@ -95,6 +96,49 @@ def test_clips_are_read_at_the_keyframes(loaded, ramp, batch_size):
   for keyframe in result.keyframes:
     np.testing.assert_allclose(keyframe.action_score[0], expected_scores(keyframe.time), atol=0.012)
   assert result.csv is result.json is result.video is None
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_evad(tmp_path_factory):
+  model = {"name": "evad", "variant": "quickstart", "num_classes": 3, "stem": "convolution"}
+  info = {
+    "model": model,
+    "clip": CLIP,
+    "canvas": [64, 96],
+    "short_side": 64,
+    "label_map": LABEL_MAP,
+    "step": 1,
+    "metrics": {},
+  }
+  _, params, rest = checkpoint.split_model(models.build(**model, rngs=nnx.Rngs(0)))
+  directory = tmp_path_factory.mktemp("checkpoint") / "evad"
+  checkpoint.save_inference(directory, params, rest, info)
+  return directory
+
+
+def test_a_real_model_finds_what_it_finds_in_evaluation(checkpoint_of_evad, ramp, tmp_path):
+  times = [0.0, 1.0, 2.0, 3.0]
+  empty = np.zeros((0, 4), np.float32), np.zeros((0, 3), np.float32), np.zeros(0, np.int64)
+  dataset = KeyframeDataset(
+    [annotations.Keyframe("ramp", time, *empty) for time in times],
+    VideoFrames(ramp.parent),
+    ClipSpec(**CLIP),
+    LABEL_MAP,
+  )
+  (batch,) = eval_batches(dataset, batch_size=4, canvas=(64, 96), short_side=64, max_boxes=1)
+  model = predict.load(checkpoint_of_evad).model
+  expected = nnx.jit(lambda model, batch: model.detections(model(batch), batch))(model, batch)
+
+  arguments = ["--video", str(ramp), "--output-dir", str(tmp_path), "--actor-threshold", "0", "--no-video"]
+  assert predict.main(["--checkpoint", str(checkpoint_of_evad), *arguments]) == 0
+  found = json.loads((tmp_path / "ramp_detections.json").read_text())["keyframes"]
+  assert [keyframe["time"] for keyframe in found] == times
+  for row, keyframe in enumerate(found):
+    order = np.argsort(-expected.actor_score[row], stable=True)
+    scores = [actor["score"] for actor in keyframe["actors"]]
+    np.testing.assert_allclose(scores, expected.actor_score[row][order], atol=1e-3)
+    boxes = [actor["box"] for actor in keyframe["actors"]]
+    np.testing.assert_allclose(boxes, expected.boxes[row][order], atol=2e-3)
 
 
 def test_every_frame_is_a_keyframe(loaded, ramp):

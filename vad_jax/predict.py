@@ -455,7 +455,7 @@ def main(arguments: list[str] | None = None) -> int:
   options = _parse(arguments)
   try:
     loaded = load(options.checkpoint)
-  except (OSError, checkpoint.CheckpointError) as error:
+  except (OSError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   failed = 0
