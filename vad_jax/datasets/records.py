@@ -137,8 +137,7 @@ class VideoSeconds(tfds.core.GeneratorBasedBuilder):
         raise VideoError(f"{self._source}: none of {len(self._files)} videos can be read; the first: {error}")
       durations = {video: duration for video, (duration, error) in probes.items() if not error}
       pieces = [(video, *piece) for video, duration in durations.items() for piece in _pieces(duration)]
-      total = round(sum(duration or 0 for duration in durations.values()))
-      with progress.bar(f"Encoding {self._split} records (s of video)", total) as advance:
+      with progress.bar(f"Encoding {self._split} records", len(pieces)) as advance:
         for (video, *_), (records, lost) in zip(
           pieces, _ordered(pool, self._encode, pieces, self._workers + 2), strict=True
         ):
@@ -146,7 +145,7 @@ class VideoSeconds(tfds.core.GeneratorBasedBuilder):
           for record in records:
             seconds[video].append(record["second"])
             yield f"{video}/{record['second']:06d}", {"video": video, **record}
-          advance(len(records))
+          advance()
     folder = Path(self.data_dir)  # renamed as a whole when all is written
     index = {"split": self._split, "made_from": self.made_from, "seconds": seconds}
     (folder / _INDEX).write_text(json.dumps(index))
