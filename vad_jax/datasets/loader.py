@@ -98,19 +98,19 @@ class KeyframeDataset:
     """Drops, and logs, keyframes without frames.
 
     Raises:
-      ValueError: no keyframe has frames, or labels do not fit the label map.
+      ValueError: there is no keyframe, none has frames, or labels do not fit the label map.
     """
     self.frames = frames
     self.clip = clip
     self.label_map = label_map
     self.num_classes = max(label_map)
-    for keyframe in keyframes[:1]:
-      if keyframe.labels.shape[1] != self.num_classes:
-        raise ValueError(
-          f"labels of {keyframe.labels.shape[1]} classes; the label map has ids up to {self.num_classes}"
-        )
+    if not keyframes:
+      raise ValueError("the annotations name no keyframe")
+    if keyframes[0].labels.shape[1] != self.num_classes:
+      num_labels = keyframes[0].labels.shape[1]
+      raise ValueError(f"labels of {num_labels} classes; the label map has ids up to {self.num_classes}")
     self.keyframes = [k for k in keyframes if frames.covers(k.video, k.timestamp)]
-    if len(self.keyframes) == len(keyframes) > 0:
+    if len(self.keyframes) == len(keyframes):
       return
     lost = collections.Counter(k.video for k in keyframes) - collections.Counter(
       k.video for k in self.keyframes
@@ -210,10 +210,10 @@ class _Finish:
   """Raw examples (or their indices) to rows of a `Batch`: of static shapes."""
 
   def __init__(self, dataset: KeyframeDataset, canvas: tuple[int, int], short_side: int, max_boxes: int):
-    if not len(dataset):
-      raise ValueError("the data set has no keyframes")
-    if canvas[0] % 32 or canvas[1] % 32:
+    if min(canvas) < 32 or canvas[0] % 32 or canvas[1] % 32:
       raise ValueError(f"canvas {canvas}: height and width have to be multiples of 32")
+    if min(short_side, max_boxes) < 1:
+      raise ValueError(f"short_side {short_side} and max_boxes {max_boxes} have to be positive")
     crowded = sum(len(keyframe.boxes) > max_boxes for keyframe in dataset.keyframes)
     if crowded:
       logger.warning("%d keyframes have more than %d actors; only the largest are kept", crowded, max_boxes)
