@@ -256,6 +256,20 @@ def test_people_are_linked_by_overlap():
   assert predict.link(now, keyframe(1)).tolist() == [-1, -1]
 
 
+def test_linked_people_move_and_keep_their_number():
+  frames = [
+    keyframe(2, [0, 0, 0.2, 0.2], [0.5, 0.5, 0.7, 0.7]),
+    keyframe(4, [0.5, 0.5, 0.7, 0.7], [0.08, 0, 0.28, 0.2]),
+    keyframe(6, [0.8, 0, 1, 0.2], [0.08, 0, 0.28, 0.2]),
+  ]
+  links = [predict.link(*frames[:2]), predict.link(*frames[1:])]
+  assert [numbers.tolist() for numbers in predict.number_people(frames, links)] == [[0, 1], [1, 0], [4, 0]]
+  boxes = predict.boxes_between(frames[0], frames[1], links[0], 3.5)
+  np.testing.assert_allclose(boxes, [[0.06, 0, 0.26, 0.2], [0.5, 0.5, 0.7, 0.7]], atol=1e-6)
+  boxes = predict.boxes_between(frames[1], frames[2], links[1], 5.9)  # the one who is lost stays
+  np.testing.assert_allclose(boxes[0], [0.5, 0.5, 0.7, 0.7])
+
+
 def run(loaded, monkeypatch, *arguments):
   monkeypatch.setattr(predict, "load", lambda name: loaded)
   return predict.main(["--checkpoint", "any", *map(str, arguments)])

@@ -390,7 +390,7 @@ def _annotate(result: Prediction, path: Path) -> None:
   """Decodes the video again and writes it with the detections drawn."""
   keyframes = result.keyframes
   links = [link(now, then) for now, then in itertools.pairwise(keyframes)]
-  identities = _identities(keyframes, links)
+  people = number_people(keyframes, links)
   current = 0
   with contextlib.ExitStack() as stack:
     reader = stack.enter_context(VideoReader(result.source))
@@ -401,9 +401,9 @@ def _annotate(result: Prediction, path: Path) -> None:
         current += 1
       boxes = keyframes[current].boxes
       if current < len(links):
-        boxes = _between(*keyframes[current : current + 2], links[current], time)
+        boxes = boxes_between(*keyframes[current : current + 2], links[current], time)
       captions = [[f"{action.name} {action.score:.2f}" for action in a] for a in keyframes[current].actions]
-      colors = [visualize.color_of(identity) for identity in identities[current]]
+      colors = [visualize.color_of(number) for number in people[current]]
       drawn = visualize.draw_detections(visualize.upscale(frame), boxes, captions, colors)
       if writer is None:
         writer = stack.enter_context(
@@ -426,7 +426,7 @@ def link(now: KeyframeDetections, then: KeyframeDetections) -> np.ndarray:
   return links
 
 
-def _identities(keyframes: list[KeyframeDetections], links: list[np.ndarray]) -> list[np.ndarray]:
+def number_people(keyframes: list[KeyframeDetections], links: list[np.ndarray]) -> list[np.ndarray]:
   """Numbers the people of each keyframe so that linked ones keep their number, and with it their colour."""
   identities = [np.arange(len(keyframes[0].boxes))]
   count = len(keyframes[0].boxes)
@@ -438,7 +438,9 @@ def _identities(keyframes: list[KeyframeDetections], links: list[np.ndarray]) ->
   return identities
 
 
-def _between(now: KeyframeDetections, then: KeyframeDetections, links: np.ndarray, time: float) -> np.ndarray:
+def boxes_between(
+  now: KeyframeDetections, then: KeyframeDetections, links: np.ndarray, time: float
+) -> np.ndarray:
   """Boxes at a time between two keyframes: linked ones move, the others stay."""
   share = (time - now.time) / (then.time - now.time)
   boxes = now.boxes.copy()
