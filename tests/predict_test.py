@@ -270,6 +270,21 @@ def test_linked_people_move_and_keep_their_number():
   np.testing.assert_allclose(boxes[0], [0.5, 0.5, 0.7, 0.7])
 
 
+def test_boxes_hold_until_the_next_keyframe(tmp_path):
+  source = tmp_path / "grey.mp4"
+  with VideoWriter(source, size=(400, 400), fps=10) as writer:
+    for _ in range(30):
+      writer.write(np.full((400, 400, 3), 128, np.uint8))
+  keyframes = [keyframe(0, [0.1, 0.1, 0.3, 0.3]), keyframe(1, [0.6, 0.6, 0.9, 0.9]), keyframe(2)]
+  predict.annotate(predict.Prediction(source, (400, 400), 10.0, 0, keyframes), tmp_path / "drawn.mp4")
+  with VideoReader(tmp_path / "drawn.mp4") as reader:
+    frames = reader.frames_at([0.0, 0.9, 1.0, 1.9, 2.0]).astype(int)
+  drawn = [np.argwhere(np.ptp(frame, -1) > 40) / 400 for frame in frames]
+  for points, start, stop in zip(drawn, [0.1, 0.1, 0.6, 0.6], [0.3, 0.3, 0.9, 0.9], strict=False):
+    np.testing.assert_allclose([points.min(0), points.max(0)], [[start] * 2, [stop] * 2], atol=0.02)
+  assert not len(drawn[4])
+
+
 def run(loaded, monkeypatch, *arguments):
   monkeypatch.setattr(predict, "load", lambda name: loaded)
   return predict.main(["--checkpoint", "any", *map(str, arguments)])

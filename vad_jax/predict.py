@@ -159,7 +159,7 @@ def predict_video(
     _write_csv(result, outputs["csv"])
     _write_json(result, outputs["json"], loaded.info, {"stride": stride, **thresholds})
     if draw:
-      _annotate(result, outputs["video"])
+      annotate(result, outputs["video"])
     result = result._replace(
       csv=outputs["csv"], json=outputs["json"], video=outputs["video"] if draw else None
     )
@@ -386,8 +386,13 @@ def _write_json(result: Prediction, path: Path, info: dict[str, Any], settings: 
 # --- drawing ------------------------------------------------------------------------------------------------
 
 
-def _annotate(result: Prediction, path: Path) -> None:
-  """Decodes the video again and writes it with the detections drawn."""
+def annotate(result: Prediction, path: Path) -> None:
+  """Decodes the video again and writes it with the detections drawn.
+
+  Args:
+    result: what was found in it.
+    path: the mp4 to write.
+  """
   keyframes = result.keyframes
   links = [link(now, then) for now, then in itertools.pairwise(keyframes)]
   people = number_people(keyframes, links)
