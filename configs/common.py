@@ -26,12 +26,11 @@ def base() -> ConfigDict:
   config.max_boxes = 32  # actors of one keyframe; more than that are dropped, smallest first
   config.augment = ConfigDict({"flip": 0.5, "scale": (1.0, 1.0), "color": 0.0})
 
-  # groups: (regular expression of parameter names, factor of the learning rate); no_decay: regular expressions.
+  # groups: pairs of a regular expression of parameter names and a factor of the learning rate.
   config.optimizer = ConfigDict({"weight_decay": 1e-4, "groups": (), "no_decay": ()})
   config.optimizer.clip_norm = config_dict.placeholder(float)
-  config.schedule = ConfigDict(
-    {"name": "cosine", "learning_rate": 1e-4}
-  )  # and arguments of vad_jax.optim.<name>
+  # Name of a schedule of vad_jax.optim, and its arguments.
+  config.schedule = ConfigDict({"name": "cosine", "learning_rate": 1e-4})
   config.ema_decay = config_dict.placeholder(float)
   config.matcher = "device"  # or "scipy"
 
@@ -62,8 +61,8 @@ def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
     name, _, value = item.partition("=")
     if name not in known:
       close = difflib.get_close_matches(name, known, 1)
-      hint = f"; did you mean {close[0]!r}?" if close else ""
-      raise ValueError(f"config argument {name!r} is not known{hint} Known: {', '.join(known)}")
+      hint = f" (did you mean {close[0]!r}?)" if close else ""
+      raise ValueError(f"config argument {name!r} is not known{hint}; known: {', '.join(known)}")
     kind = type(known[name])
     try:
       result[name] = value.lower() in ("", "1", "true", "yes") if kind is bool else kind(value)

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# Rows of Table 1 of the paper, by the constructor's arguments that differ. Parts (a) to (f) are at short side 224, and
-# (a) and (f) have rows with keep_rate=1 too; (g) is at keep_rate=0.6.
+# Rows of Table 1 of the paper, by the constructor's arguments that differ. Parts (a) to (f) are at short side
+# 224, and (a) and (f) have rows with keep_rate=1 too; (g) is at keep_rate=0.6 and short side 288.
 ABLATIONS = {
   "none": {},
   "linear_head": {"decoder_depth": 0},  # (a)

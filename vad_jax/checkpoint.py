@@ -34,6 +34,10 @@ class CheckpointError(ValueError):
   """A checkpoint that is missing, damaged or made for something else; the message says which."""
 
 
+class _DamagedError(CheckpointError):
+  """A checkpoint that cannot be read."""
+
+
 class Loaded(NamedTuple):
   """A model with its weights, ready for inference, and what was stored beside them.
 
@@ -119,13 +123,12 @@ class Checkpoints:
     steps = _steps(self._directory / "last")
     for path in reversed(steps):
       try:
+        info = _read_info(path)
         loaded = _load(path, {**_items(abstract_state), "data": batches})
-      except CheckpointError:
-        raise
-      except Exception as error:  # whatever Orbax and its storage throw at a damaged file
-        logger.warning("checkpoint %s is damaged (%s): trying the one before", path, _first_line(error))
+      except _DamagedError as error:
+        logger.warning("%s: trying the one before", error)
         continue
-      return {**loaded["training"], **loaded["weights"], **loaded.get("ema", {})}, _read_info(path)
+      return {**loaded["training"], **loaded["weights"], **loaded.get("ema", {})}, info
     if steps:
       raise CheckpointError(
         f"{steps[0].parent}: no checkpoint is whole; remove the directory to train from the start"
@@ -172,12 +175,7 @@ def load_model(directory_or_name: PathLike) -> Loaded:
   items = {"weights": place({"params": params, "rest": rest})}
   if (path / "ema").exists():
     items["ema"] = place({"ema": params})
-  try:
-    loaded = _load(path, items)
-  except CheckpointError:
-    raise
-  except Exception as error:
-    raise CheckpointError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
+  loaded = _load(path, items)
   params = loaded["ema"]["ema"] if "ema" in loaded else loaded["weights"]["params"]
   model = nnx.merge(graphdef, params, loaded["weights"]["rest"])
   return Loaded(nnx.view(model, raise_if_not_found=False, deterministic=True), info)
@@ -198,28 +196,46 @@ def _load(path: Path, items: dict[str, Any]) -> dict[str, Any]:
   """Loads the named parts after checking that exactly the same arrays were saved.
 
   Raises:
-    CheckpointError: keys are missing or not expected, or shapes differ.
+    CheckpointError: keys are missing or not expected, or shapes differ; or the checkpoint is damaged.
   """
   faults = []
   for name, abstract in items.items():
     if name == "data":
       continue
-    if not (path / name).exists():
-      faults.append(f"{name} is missing in the checkpoint")
+    if name == "ema" and not (path / name).exists():
+      faults.append("ema is missing in the checkpoint")
       continue
-    saved = _flatten(ocp.metadata(path, checkpointable_name=name).metadata)
-    wanted = _flatten(abstract)
-    faults += [f"{key} is missing in the checkpoint" for key in wanted if key not in saved]
-    faults += [f"{key} is in the checkpoint and not in the model" for key in saved if key not in wanted]
-    faults += [
-      f"{key} is {saved[key].shape} in the checkpoint, {wanted[key].shape} in the model"
-      for key in wanted
-      if key in saved and saved[key].shape != wanted[key].shape
-    ]
+    faults += _differences(_saved_arrays(path, name), _flatten(abstract))
   if faults:
     more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
     raise CheckpointError(f"checkpoint {path} does not fit: {'; '.join(faults[:20])}{more}")
-  return ocp.load_checkpointables(path, items)
+  try:
+    return ocp.load_checkpointables(path, items)
+  except Exception as error:  # whatever Orbax and its storage throw at a damaged file
+    raise _damaged(path, error) from error
+
+
+def _saved_arrays(path: Path, name: str) -> dict[str, Any]:
+  """Shapes and types of the arrays of one part, by name."""
+  try:
+    saved = ocp.metadata(path, checkpointable_name=name).metadata
+  except Exception as error:
+    raise _damaged(path, error) from error
+  if saved is None:
+    raise _damaged(path, f"{name} cannot be read")
+  return _flatten(saved)
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+  return [
+    *(f"{key} is missing in the checkpoint" for key in wanted if key not in saved),
+    *(f"{key} is in the checkpoint and not in the model" for key in saved if key not in wanted),
+    *(
+      f"{key} is {saved[key].shape} in the checkpoint, {wanted[key].shape} in the model"
+      for key in wanted
+      if key in saved and saved[key].shape != wanted[key].shape
+    ),
+  ]
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -268,8 +284,10 @@ def _read_info(path: Path) -> Info:
     info = ocp.metadata(path, checkpointable_name="weights").custom_metadata
     return {**info, "label_map": {int(index): name for index, name in info["label_map"].items()}}
   except Exception as error:
-    raise CheckpointError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
+    raise _damaged(path, error) from error
 
 
-def _first_line(error: Exception) -> str:
-  return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+def _damaged(path: Path, reason: Exception | str) -> _DamagedError:
+  if isinstance(reason, Exception):
+    reason = f"{type(reason).__name__}: {reason}"
+  return _DamagedError(f"checkpoint {path} is damaged ({reason.splitlines()[0][:200]})")

@@ -20,7 +20,8 @@ from vad_jax.sharding import to_global
 class Annotated(Protocol):
   """What is asked of a data set: its annotated keyframes; the keys of batches are their indices."""
 
-  keyframes: Sequence[Keyframe]
+  @property
+  def keyframes(self) -> Sequence[Keyframe]: ...
 
   def __len__(self) -> int: ...
 

@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   begun = time.perf_counter()
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life otherwise
   try:
     if _DISTRIBUTED.value:
       jax.distributed.initialize()
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
   except (ValueError, OSError, NonFiniteError) as error:
     if logging.get_verbosity() > logging.INFO:
       raise
-    print(f"error: {error}\n(--v=1 shows where it happened)", file=sys.stderr)
+    print(f"error: {_one_line(error)} (--v=1 shows where)", file=sys.stderr)
     return 1
   if stopped:
     print(f"{stopped}: all is saved; the same command goes on from here", file=sys.stderr)
@@ -98,6 +100,8 @@ def run(config: ConfigDict, workdir: Path, mode: str, begun: float) -> str:
     ValueError: the config does not fit itself, the devices, the data or the working directory.
     OSError: the working directory cannot be written.
   """
+  if mode == "evaluate" and not (workdir / "checkpoints").is_dir():
+    raise FileNotFoundError(f"workdir {workdir} holds no checkpoints to evaluate; train first")
   _claim(workdir, config)
   mesh = sharding.make_mesh(config.mesh.to_dict())
   local_batch = sharding.local_batch_size(config.batch_size, mesh)
@@ -107,11 +111,12 @@ def run(config: ConfigDict, workdir: Path, mode: str, begun: float) -> str:
     result = _train(config, workdir, mesh, local_batch, sets, with_evaluation=mode == "train_and_evaluate")
     if result.stopped or mode == "train":
       return result.stopped
-    numbers = {
-      "train_seconds": result.train_seconds,
-      "compile_seconds": result.compile_seconds,
-      "steps_per_second": result.steps / result.train_seconds if result.steps else float("nan"),
-    }
+    if result.steps:  # none where a run that had come to its end is started again
+      numbers = {
+        "train_seconds": result.train_seconds,
+        "compile_seconds": result.compile_seconds,
+        "steps_per_second": result.steps / result.train_seconds,
+      }
   loaded = checkpoint.load_model(workdir)
   graphdef, params, rest = checkpoint.split_model(loaded.model)
   weights = jax.device_put((params, rest), sharding.infer_sharding((params, rest), mesh))
@@ -143,8 +148,8 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
   text = config.to_json_best_effort(indent=2)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and jax.process_index() == 0:
-      path.write_text(text)
+    if jax.process_index() == 0 and not any((workdir / "checkpoints").glob("*/*")):
+      path.write_text(text)  # nothing has been learnt here yet
     with (workdir / f".writable_{jax.process_index()}").open("w") as probe:
       Path(probe.name).unlink()
   except OSError as error:
@@ -361,7 +366,7 @@ def _examples(
   peopled = [index for index, keyframe in enumerate(dataset.keyframes) if len(keyframe.boxes)]
   chosen = np.unique(np.linspace(0, len(peopled) - 1, _NUM_EXAMPLES).astype(int)) if peopled else []
   pictures = []
-  for keyframe in (dataset.keyframes[peopled[index]] for index in chosen):
+  for keyframe in (dataset.keyframes[peopled[int(index)]] for index in chosen):
     frame = visualize.upscale(dataset.frames.frames(keyframe.video, [keyframe.timestamp])[0])
     names = [[label_map[k + 1] for k in np.flatnonzero(labels)] for labels in keyframe.labels]
     truth = visualize.draw_detections(frame, keyframe.boxes, names)
@@ -385,10 +390,29 @@ def _confident(
   for box in persons.boxes:
     own = actions.select((actions.boxes == box).all(-1))
     best = np.argsort(-own.extra)[:3]
-    captions.append([f"{label_map[own.action[row]]} {own.extra[row]:.2f}" for row in best])
+    captions.append([f"{label_map[int(own.action[row])]} {own.extra[row]:.2f}" for row in best])
   return persons.boxes, captions
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Reads the command line; what is wrong with it, or with the config file, is said in one line."""
+  try:
+    return flags.FLAGS(argv)
+  except AttributeError as error:  # how ConfigDict says that a key does not exist
+    cause = error.args[0]
+    text = cause.args[0] if isinstance(cause, KeyError) else str(cause)
+    sys.exit(f"error: no such config key: {' '.join(text.split())} (configs/common.py lists all)")
+  except (flags.Error, KeyError, TypeError, ValueError) as error:
+    lines = str(error).strip().splitlines()
+    if any(line.strip().startswith("Traceback") for line in lines):  # raised by the config file
+      lines = [lines[-1].strip().removeprefix("ValueError: ")]
+    sys.exit(f"error: {' '.join(lines)}")
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
 
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)

@@ -6,7 +6,6 @@ that was stopped goes on exactly as if it had not been.
 """
 
 import functools
-import logging
 import signal
 import sys
 import threading
@@ -31,8 +30,6 @@ from vad_jax.sharding import infer_sharding, to_global
 
 PredictFn = Callable[[Batch], Detections]
 EvaluateFn = Callable[[PredictFn, Callable[[], bool]], dict[str, float] | None]
-
-logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
@@ -126,7 +123,7 @@ def train(
   best = (checkpoints.best_info() or {"metrics": {}})["metrics"].get(monitor, -np.inf)
   meter = _Meter(writer)
   if restored:
-    logger.info("resumed from step %d", step)
+    print(f"resumed from step {step}", file=sys.stderr, flush=True)
 
   with jax.set_mesh(mesh), _StopRequest() as stop, progress.bar("train", num_steps, start=step) as advance:
     changed = False  # since the last save
