@@ -12,9 +12,9 @@ _BITS = 10
 
 
 def picture(number: int, size: tuple[int, int] = (48, 80)) -> np.ndarray:
-  """A grey frame; the upper half shows the number in bars, most significant bit first."""
+  """An orange frame; the upper half shows the number in bars, most significant bit first."""
   height, width = size
-  frame = np.full((height, width, 3), 128, np.uint8)
+  frame = np.full((height, width, 3), (180, 120, 60), np.uint8)
   for bit in range(_BITS):
     left, right = bit * width // _BITS, (bit + 1) * width // _BITS
     frame[: height // 2, left:right] = 255 if number >> (_BITS - 1 - bit) & 1 else 0

@@ -194,10 +194,12 @@ def test_the_largest_of_a_crowd_are_kept(frames, caplog):
   assert "1 keyframes have more than 3 actors; only the largest are kept" in caplog.text
 
 
-def test_boxes_outside_the_frame_are_clipped_and_empty_ones_no_target(frames):
+def test_boxes_outside_the_frame_are_clipped_and_empty_ones_no_target(frames, caplog):
   boxes = np.array([[-0.1, 0.2, 0.5, 1.2], [0.4, 0.4, 0.4, 0.9], [1.1, 0, 1.3, 1]], np.float32)
   odd = Keyframe("a", 1.0, boxes, np.eye(3, dtype=np.float32), np.arange(3))
-  example = KeyframeDataset([odd], frames, CLIP, LABELS)[0]
+  with caplog.at_level(logging.WARNING):
+    example = KeyframeDataset([odd], frames, CLIP, LABELS)[0]
+  assert "2 boxes are empty or outside the frame" in caplog.text
   np.testing.assert_array_equal(example["boxes"], np.array([[0, 0.2, 0.5, 1]], np.float32))
   np.testing.assert_array_equal(example["labels"], [[1, 0, 0]])
 

@@ -27,6 +27,9 @@ FILES = {
   "vp9": ("a.webm", CONSTANT, {"codec": "libvpx-vp9", "options": {"g": "20", "cpu-used": "8"}}),
   "mpeg4": ("a.avi", CONSTANT, {"codec": "mpeg4", "options": {"g": "12"}}),
   "mpeg2_b_frames": ("a.mpg", CONSTANT, {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}}),
+  "mpeg2_open_gop": ("a.ts", CONSTANT, {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}}),
+  "mpeg4_b_frames": ("a.mkv", CONSTANT, {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}}),
+  "no_container": ("a.h264", CONSTANT, {"codec": "libx264", "options": {"g": "12", "bf": "0"}}),
   "audio_first": ("a.mp4", CONSTANT, {"codec": "libx264", "audio": "aac"}),
 }
 
@@ -212,6 +215,8 @@ def test_nothing_is_left_of_a_file_that_failed(tmp_path):
     VideoWriter(tmp_path / "a.mp4", size=(8, 8), fps=9),
   ):
     pass
+  with pytest.raises(VideoError, match=r"lost\.mp4: its sound cannot be read \(No such file"):
+    VideoWriter(tmp_path / "a.mp4", size=(48, 80), fps=25, audio_from=tmp_path / "lost.mp4")
   assert list(tmp_path.iterdir()) == []
 
 

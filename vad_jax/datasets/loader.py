@@ -110,8 +110,13 @@ class KeyframeDataset:
       num_labels = keyframes[0].labels.shape[1]
       raise ValueError(f"labels of {num_labels} classes; the label map has ids up to {self.num_classes}")
     self.keyframes = [k for k in keyframes if frames.covers(k.video, k.timestamp)]
-    if len(self.keyframes) == len(keyframes):
-      return
+    if len(self.keyframes) < len(keyframes):
+      self._report_missing(keyframes)
+    empty = sum(int((~_clip_boxes(k.boxes)[1]).sum()) for k in self.keyframes)
+    if empty:
+      logger.warning("%d boxes are empty or outside the frame; they are no training targets", empty)
+
+  def _report_missing(self, keyframes: Sequence[Keyframe]) -> None:
     lost = collections.Counter(k.video for k in keyframes) - collections.Counter(
       k.video for k in self.keyframes
     )
@@ -132,14 +137,19 @@ class KeyframeDataset:
   def __getitem__(self, index: int) -> Example:
     """Frames and annotations of one keyframe: video, boxes, labels and key (its index)."""
     keyframe = self.keyframes[index]
-    boxes = keyframe.boxes.clip(0, 1)
-    keep = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
+    boxes, keep = _clip_boxes(keyframe.boxes)
     return {
       "video": self.frames.frames(keyframe.video, self.clip.times(keyframe.timestamp)),
       "boxes": boxes[keep],
       "labels": keyframe.labels[keep],
       "key": index,
     }
+
+
+def _clip_boxes(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The boxes as far as they lie in the frame, and which of them have an area there."""
+  boxes = boxes.clip(0, 1)
+  return boxes, np.all(boxes[:, :2] < boxes[:, 2:], axis=1)
 
 
 def train_batches(

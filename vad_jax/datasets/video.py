@@ -106,6 +106,7 @@ class VideoReader:
     self._threads = threads
     self._origin = 0
     self._open()
+    self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 30)
     try:
       frame = next((frame for _, frame in self._decode()), None)
       if frame is None:
@@ -118,7 +119,6 @@ class VideoReader:
       self.size = self._stored_size[::-1] if self._quarter_turns % 2 else self._stored_size
       self.broken = 0  # they are met again when the frames are read
       stream, container = self._stream, self._container
-      self.fps = float(stream.average_rate or stream.guessed_rate or 30)
       self._stream_duration = float(stream.duration * self._time_base) if stream.duration else None
       self.duration = self._stream_duration or (
         container.duration / av.time_base if container.duration else None
@@ -230,21 +230,17 @@ class VideoReader:
 
   def _decode(self, after_seek: bool = False) -> Iterator[tuple[float, av.VideoFrame]]:
     """Decodes on from where the container stands, to the end."""
-    first_pts = None
     last_time = -math.inf
     for packet in self._packets():
-      if after_seek and first_pts is None:
-        if not packet.is_keyframe or packet.pts is None:
-          continue
-        first_pts = packet.pts
+      if after_seek and (not packet.is_keyframe or packet.pts is None):
+        continue  # without the keyframe before it, or a time to start from, it is of no use
+      after_seek = False
       try:
         frames = packet.decode()
       except av.error.FFmpegError:
         self.broken += 1
         continue
       for frame in frames:
-        if first_pts is not None and frame.pts is not None and frame.pts < first_pts:
-          continue  # shown before the keyframe, so it refers to frames before the seek
         if frame.pts is None:
           time = max(last_time, -1 / self.fps) + 1 / self.fps
         else:
@@ -369,20 +365,15 @@ class VideoWriter:
       )
     except OSError as error:
       raise VideoError(f"{path}: cannot be written ({error.strerror})") from None
-    rate = Fraction(fps).limit_denominator(1001)
-    self._ticks = math.ceil(90_000 / rate.numerator) * rate.denominator  # in one frame
-    self._time_base = 1 / (rate * self._ticks)
-    stream = self._container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
-    stream.height, stream.width = (side + side % 2 for side in self.size)
-    stream.pix_fmt = "yuv420p"
-    context = stream.codec_context
-    context.time_base = self._time_base
-    context.thread_count = 4  # x264's output depends on it
-    context.colorspace = context.color_primaries = context.color_trc = _BT709
-    context.color_range = _LIMITED_RANGE
-    self._stream = stream
     self._pts = -1
-    self._audio = _Audio(audio_from, self._container) if audio_from is not None else None
+    self._audio = None
+    try:
+      self._start(Fraction(fps).limit_denominator(1001))
+      if audio_from is not None:
+        self._audio = _Audio(audio_from, self._container)
+    except BaseException:
+      self._finish(keep=False)
+      raise
 
   def __enter__(self) -> "VideoWriter":
     return self
@@ -416,6 +407,19 @@ class VideoWriter:
     if self._audio:
       self._audio.copy_until(float(pts * self._time_base))
 
+  def _start(self, rate: Fraction) -> None:
+    self._ticks = math.ceil(90_000 / rate.numerator) * rate.denominator  # in one frame
+    self._time_base = 1 / (rate * self._ticks)
+    stream = self._container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
+    stream.height, stream.width = (side + side % 2 for side in self.size)
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    context.time_base = self._time_base
+    context.thread_count = 4  # x264's output depends on it
+    context.colorspace = context.color_primaries = context.color_trc = _BT709
+    context.color_range = _LIMITED_RANGE
+    self._stream = stream
+
   def _finish(self, keep: bool) -> None:
     try:
       if keep:
@@ -442,7 +446,10 @@ class _Audio:
   def __init__(self, path: PathLike, target: av.container.OutputContainer):
     self._path = path
     self._target = target
-    self._source: av.container.InputContainer = av.open(os.fspath(path))
+    try:
+      self._source: av.container.InputContainer = av.open(os.fspath(path))
+    except (av.error.FFmpegError, OSError) as error:
+      raise VideoError(f"{path}: its sound cannot be read ({error.strerror})") from None
     self._packets: Iterator[av.Packet] = iter(())
     self._next: av.Packet | None = None
     self._next_time = 0.0
