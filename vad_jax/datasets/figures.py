@@ -1,9 +1,10 @@
 """Drawing people, things and places with OpenCV, cheaply enough for hundreds of frames a second.
 
-Coordinates are pixels, y down; sizes of people and things are in standing heights of the person they belong to. All
-colours are RGB.
+Coordinates are pixels, y down; sizes of body parts are in standing heights of the person. All colours are
+RGB.
 """
 
+import functools
 from typing import NamedTuple
 
 import cv2
@@ -71,7 +72,9 @@ class View(NamedTuple):
   height: float
 
 
-def project(body: np.ndarray, yaw: np.ndarray, feet: np.ndarray, height: float) -> tuple[np.ndarray, np.ndarray]:
+def project(
+  body: np.ndarray, yaw: np.ndarray, feet: np.ndarray, height: float
+) -> tuple[np.ndarray, np.ndarray]:
   """Points of the body's axes on the picture.
 
   Args:
@@ -105,7 +108,9 @@ def random_look(rng: np.random.Generator, place: np.ndarray) -> Look:
     rng: source of randomness.
     place: ``[3]`` mean colour of the surroundings.
   """
-  skin = np.array([(250, 218, 190), (232, 184, 148), (198, 140, 100), (142, 92, 62), (92, 60, 44)][rng.integers(5)])
+  skin = np.array(
+    [(250, 218, 190), (232, 184, 148), (198, 140, 100), (142, 92, 62), (92, 60, 44)][rng.integers(5)]
+  )
   hairs = [(28, 22, 20), (70, 44, 26), (140, 90, 44), (214, 178, 104), (150, 148, 146), (150, 60, 30)]
   return Look(
     skin=_tuple(skin),
@@ -121,10 +126,10 @@ def random_look(rng: np.random.Generator, place: np.ndarray) -> Look:
 
 
 def _contrasting(rng: np.random.Generator, place: np.ndarray) -> Color:
-  """The colour of a few random ones that differs most from the place."""
-  hsv = np.stack([rng.integers(0, 180, 4), rng.integers(90, 256, 4), rng.choice([50, 90, 200, 245], 4)], -1)
+  """The first of a few random colours that is far from the place's, or the farthest."""
+  hsv = np.stack([rng.integers(0, 180, 6), rng.integers(60, 256, 6), rng.choice([50, 110, 190, 245], 6)], -1)
   colors = cv2.cvtColor(hsv[None].astype(np.uint8), cv2.COLOR_HSV2RGB)[0].astype(int)
-  return _tuple(colors[np.abs(colors - place).sum(1).argmax()])
+  return _tuple(colors[np.minimum(np.abs(colors - place).sum(1), 190).argmax()])
 
 
 def _tuple(color) -> Color:
@@ -132,6 +137,7 @@ def _tuple(color) -> Color:
   return red, green, blue
 
 
+@functools.cache
 def _shade(color: Color, factor: float) -> Color:
   """Darker (factor < 1) or towards white (> 1)."""
   if factor > 1:
@@ -165,7 +171,9 @@ class PersonPainter:
     self._left_near = (near[:, poses.HIPS.start] > near[:, poses.HIPS.start + 1]).tolist()
     self._width = {
       name: max(1, round(2 * radius * height * look.build))
-      for name, radius in dict(arm=0.036, forearm=0.03, thigh=0.056, shin=0.042, trunk=_TRUNK, neck=0.03, foot=0.024).items()
+      for name, radius in dict(
+        arm=0.036, forearm=0.03, thigh=0.056, shin=0.042, trunk=_TRUNK, neck=0.03, foot=0.024
+      ).items()
     }
 
   def paint(self, frame: np.ndarray, index: int, things: "list[Thing]") -> None:
@@ -201,7 +209,9 @@ class PersonPainter:
   def _leg(self, frame, points, side: int, far: bool) -> None:
     look, width = self._look, self._width
     shade = 0.75 if far else 1.0
-    hip, knee, ankle, toe = (points[part.start + side] for part in (poses.HIPS, poses.KNEES, poses.ANKLES, poses.TOES))
+    hip, knee, ankle, toe = (
+      points[part.start + side] for part in (poses.HIPS, poses.KNEES, poses.ANKLES, poses.TOES)
+    )
     shin = look.trousers if look.legs == "long" else look.skin
     self._limb(frame, ankle, toe, _shade(look.shoes, shade), width["foot"] + 1)
     self._limb(frame, knee, ankle, _shade(shin, shade), width["shin"])
@@ -210,7 +220,9 @@ class PersonPainter:
   def _arm(self, frame, points, side: int, far: bool) -> None:
     look, width = self._look, self._width
     shade = 0.75 if far else 0.92
-    shoulder, elbow, hand = (points[part.start + side] for part in (poses.SHOULDERS, poses.ELBOWS, poses.HANDS))
+    shoulder, elbow, hand = (
+      points[part.start + side] for part in (poses.SHOULDERS, poses.ELBOWS, poses.HANDS)
+    )
     self._limb(frame, shoulder, elbow, _shade(look.shirt, shade), width["arm"])
     self._limb(frame, elbow, hand, _shade(look.shirt if look.sleeves else look.skin, shade), width["forearm"])
     radius = round(_HAND * self._height * self._look.build * _ONE)
@@ -231,8 +243,15 @@ class PersonPainter:
     cv2.fillConvexPoly(frame, quad, look.shirt, cv2.LINE_AA, _BITS)
     cv2.line(frame, top_right, waist_right, color, width, cv2.LINE_AA, _BITS)
     cv2.line(frame, top_left, waist_left, color, width, cv2.LINE_AA, _BITS)
-    cv2.line(frame, _between(top_left, top_right, 0.5), _between(waist_left, waist_right, 0.5), look.shirt,
-             max(1, width * 2 // 3), cv2.LINE_AA, _BITS)
+    cv2.line(
+      frame,
+      _between(top_left, top_right, 0.5),
+      _between(waist_left, waist_right, 0.5),
+      look.shirt,
+      max(1, width * 2 // 3),
+      cv2.LINE_AA,
+      _BITS,
+    )
     cv2.line(frame, neck, points[poses.HEAD], _shade(look.skin, 0.8), self._width["neck"], cv2.LINE_AA, _BITS)
 
   def _head(self, frame, points, index: int) -> None:
@@ -245,7 +264,15 @@ class PersonPainter:
       low = (int(x - 0.35 * radius * sin), int(y + 0.55 * radius))
       axes = (int(0.6 * radius), int(0.85 * radius))
       cv2.ellipse(frame, low, axes, 0, 0, 360, _shade(back, 0.85), cv2.FILLED, cv2.LINE_AA, _BITS)
-    cv2.circle(frame, (x, y), int(radius * 0.96), _shade(back, 0.8 if look.cut == "bald" else 1.0), cv2.FILLED, cv2.LINE_AA, _BITS)
+    cv2.circle(
+      frame,
+      (x, y),
+      int(radius * 0.96),
+      _shade(back, 0.8 if look.cut == "bald" else 1.0),
+      cv2.FILLED,
+      cv2.LINE_AA,
+      _BITS,
+    )
     if cos < -0.35:
       return
     face = (int(x + 0.3 * radius * sin), int(y + 0.2 * radius))
@@ -259,7 +286,18 @@ class PersonPainter:
       cv2.circle(frame, eye, dot, (30, 26, 26), cv2.FILLED, cv2.LINE_AA, _BITS)
     if self._talking[index]:
       mouth = (int(face[0] + 0.3 * radius * sin), int(face[1] + 0.38 * radius))
-      cv2.ellipse(frame, mouth, (int(0.24 * radius), int(0.22 * radius)), 0, 0, 360, (110, 20, 26), cv2.FILLED, cv2.LINE_AA, _BITS)
+      cv2.ellipse(
+        frame,
+        mouth,
+        (int(0.24 * radius), int(0.22 * radius)),
+        0,
+        0,
+        360,
+        (110, 20, 26),
+        cv2.FILLED,
+        cv2.LINE_AA,
+        _BITS,
+      )
 
 
 def _between(start, end, part: float) -> tuple[int, int]:
@@ -269,13 +307,16 @@ def _between(start, end, part: float) -> tuple[int, int]:
 class Thing:
   """A ball, a box, a telephone or any polygons, moving over the picture."""
 
-  def __init__(self, kind: str, points: np.ndarray, size: float, color: Color, visible: np.ndarray | None = None):
+  def __init__(
+    self, kind: str, points: np.ndarray, size: float, color: Color, visible: np.ndarray | None = None
+  ):
     """Prepares.
 
     Args:
       kind: "ball", "box", "phone" or "chair".
-      points: ``[T, 2]`` centres in pixels; for a chair ``[T, 10, 2]``, the corners that `chair_corners` gives.
-      size: radius of a ball, half the width of a box, half the length of a phone, width of a chair's legs; pixels.
+      points: ``[T, 2]`` centres in pixels; for a chair ``[T, 10, 2]``, the points of `chair_corners`.
+      size: in pixels; radius of a ball, half the width of a box, half the length of a phone, width of a
+        chair's legs.
       color: of it.
       visible: ``[T]`` bool; always, where None.
     """
@@ -302,7 +343,9 @@ class Thing:
     low, top = y + half * 3 // 4, y - half * 3 // 4
     cv2.rectangle(frame, (x - half, top), (x + half, low), self._color, cv2.FILLED, cv2.LINE_AA, _BITS)
     cv2.rectangle(frame, (x - half, top), (x + half, low), _shade(self._color, 0.55), 1, cv2.LINE_AA, _BITS)
-    cv2.line(frame, (x, top), (x, low), _shade(self._color, 1.5), max(1, int(self._size / 4)), cv2.LINE_AA, _BITS)
+    cv2.line(
+      frame, (x, top), (x, low), _shade(self._color, 1.5), max(1, int(self._size / 4)), cv2.LINE_AA, _BITS
+    )
 
   def _phone(self, frame, point) -> None:
     half = int(self._size * _ONE)
@@ -321,7 +364,7 @@ class Thing:
 
 
 def chair_corners() -> np.ndarray:
-  """``[10, 3]`` in the axes of who sits on it: the seat's four corners, the back's upper two, the legs' four feet."""
+  """``[10, 3]`` in the sitter's axes: four corners of the seat, two upper ones of the back, four feet."""
   seat = [(-0.13, 0.22, 0.14), (-0.13, 0.22, -0.14), (0.15, 0.22, -0.14), (0.15, 0.22, 0.14)]
   back = [(-0.17, 0.52, 0.14), (-0.17, 0.52, -0.14)]
   return np.array(seat + back + [(x, 0.0, z) for x, _, z in seat])

@@ -4,7 +4,9 @@ import cv2
 import numpy as np
 
 
-def random_place(rng: np.random.Generator, height: int, width: int, floor: float, *, busy: bool) -> np.ndarray:
+def random_place(
+  rng: np.random.Generator, height: int, width: int, floor: float, *, busy: bool
+) -> np.ndarray:
   """Paints a place.
 
   Args:
@@ -20,14 +22,15 @@ def random_place(rng: np.random.Generator, height: int, width: int, floor: float
   place = np.zeros((height, width, 3), np.uint8)
   paint = (_room, _street, _park, _hall)[rng.integers(4)]
   paint(place, rng, int(floor), (2 if busy else 0) + int(rng.integers(0, 4 if busy else 3)))
-  grain = cv2.resize(rng.normal(0, 1, (max(2, height // 24), max(2, width // 24), 3)), (width, height), interpolation=cv2.INTER_CUBIC)
-  fine = rng.normal(0, 1, (height, width, 1))
-  strength = (9, 5) if busy else (6, 2.5)
-  return np.clip(place + strength[0] * grain + strength[1] * fine, 0, 255).astype(np.uint8)
+  spots = rng.normal(0, 1, (max(2, height // 20), max(2, width // 20)))
+  spots = cv2.resize(spots, (width, height), interpolation=cv2.INTER_CUBIC)[..., None]
+  grain = rng.normal(0, 1, (height, width, 1))
+  texture = (8 * spots + 4 * grain) if busy else (6 * spots + 1.5 * grain)
+  return np.clip(place + texture, 0, 255).astype(np.uint8)
 
 
-def _muted(rng, value=(90, 215), saturation=(10, 70)):
-  hsv = np.uint8([[[rng.integers(0, 180), rng.integers(*saturation), rng.integers(*value)]]])
+def _muted(rng, value=(120, 235), saturation=(10, 70)):
+  hsv = np.array([[[rng.integers(0, 180), rng.integers(*saturation), rng.integers(*value)]]], np.uint8)
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].tolist()
 
 
@@ -65,7 +68,7 @@ def _room(place, rng, floor, things):
   if rng.random() < 0.5:
     for x in range(0, width, step):
       cv2.line(place, (x, 0), (x, floor), _darker(wall, 0.9), max(1, step // 4))
-  _ground(place, rng, floor, _muted(rng, (80, 190), (20, 110)), rng.integers(5, 12))
+  _ground(place, rng, floor, _muted(rng, (100, 220), (20, 110)), rng.integers(5, 12))
   cv2.rectangle(place, (0, floor - max(2, height // 50)), (width, floor), _darker(wall, 0.6), -1)
   for _ in range(things):
     (_window, _picture, _cabinet, _shelf, _plant, _table)[rng.integers(6)](place, rng, floor)
@@ -106,7 +109,9 @@ def _park(place, rng, floor, things):
   _gradient(place, 0, floor, (130, 175, 220), (205, 222, 228))
   xs = np.arange(width)
   for level, color in ((0.6, (120, 150, 130)), (0.8, (95, 130, 90))):
-    bumps = np.sin(xs / width * rng.uniform(4, 12) + rng.uniform(0, 6)) + 0.5 * np.sin(xs / width * rng.uniform(12, 30))
+    bumps = np.sin(xs / width * rng.uniform(4, 12) + rng.uniform(0, 6)) + 0.5 * np.sin(
+      xs / width * rng.uniform(12, 30)
+    )
     hill = (floor * level + 0.07 * floor * bumps).astype(int)
     place[:floor][np.arange(floor)[:, None] > hill] = color
   grass = _muted(rng, (110, 170), (60, 110))
@@ -134,7 +139,9 @@ def _picture(place, rng, floor):
   top = int(floor * rng.uniform(0.1, 0.4))
   low = top + int(wide * rng.uniform(0.6, 1.2))
   cv2.rectangle(place, (x, top), (x + wide, low), _muted(rng, (60, 230), (40, 150)), -1)
-  cv2.circle(place, (x + wide // 2, (top + low) // 2), max(1, wide // 5), _muted(rng, (60, 230), (40, 150)), -1)
+  cv2.circle(
+    place, (x + wide // 2, (top + low) // 2), max(1, wide // 5), _muted(rng, (60, 230), (40, 150)), -1
+  )
   cv2.rectangle(place, (x, top), (x + wide, low), (70, 50, 35), max(1, wide // 10))
 
 
@@ -168,7 +175,9 @@ def _plant(place, rng, floor):
   pot = low - wide
   for _ in range(9):
     tip = (int(x + wide * rng.uniform(-0.6, 1.6)), int(pot - wide * rng.uniform(0.5, 2.2)))
-    cv2.line(place, (x + wide // 2, pot), tip, (50, int(rng.integers(90, 150)), 60), max(1, wide // 6), cv2.LINE_AA)
+    cv2.line(
+      place, (x + wide // 2, pot), tip, (50, int(rng.integers(90, 150)), 60), max(1, wide // 6), cv2.LINE_AA
+    )
   cv2.rectangle(place, (x, pot), (x + wide, low), (150, 90, 60), -1)
 
 
@@ -192,11 +201,24 @@ def _lamp(place, rng, floor):
 def _tree(place, rng, floor):
   x, wide = _somewhere(place, rng, 0.12, 0.3)
   crown = int(floor * rng.uniform(0.2, 0.5))
-  cv2.line(place, (x + wide // 2, crown), (x + wide // 2, floor + place.shape[0] // 30), (92, 70, 50), max(2, wide // 7))
+  cv2.line(
+    place,
+    (x + wide // 2, crown),
+    (x + wide // 2, floor + place.shape[0] // 30),
+    (92, 70, 50),
+    max(2, wide // 7),
+  )
   for _ in range(8):
     center = (int(x + wide * rng.uniform(0.1, 0.9)), int(crown + wide * rng.uniform(-0.4, 0.35)))
     green = int(rng.integers(85, 140))
-    cv2.circle(place, center, max(2, int(wide * rng.uniform(0.2, 0.35))), (green // 2, green, green // 2), -1, cv2.LINE_AA)
+    cv2.circle(
+      place,
+      center,
+      max(2, int(wide * rng.uniform(0.2, 0.35))),
+      (green // 2, green, green // 2),
+      -1,
+      cv2.LINE_AA,
+    )
 
 
 def _somewhere(place, rng, least, most):

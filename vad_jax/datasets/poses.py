@@ -1,10 +1,11 @@
 """How a body moves: the joints of a walking, sitting, waving... person over time.
 
-An act is a pair of names: what legs and trunk do (`STANCES`) and what the arms do (`GESTURES`). Lengths are in standing
-heights of the person, angles in radians, and the body's own axes are x forward, y up from the floor, z to its left.
+An act is a pair of names: what legs and trunk do (`STANCES`) and what the arms do (`GESTURES`). Lengths are
+in standing heights of the person, angles in radians; the body's axes are x forward, y up from the floor, z
+to its left.
 
-Acts that happen once (lift, put down, throw) are repeated every second with their turning point at whole seconds, where
-the keyframes are, and are at rest half-way between them, where a script may change.
+Acts that happen once (lift, put down, throw) are repeated every second with their turning point at whole
+seconds, where the keyframes are, and are at rest half-way between them, where a script may change.
 """
 
 from typing import NamedTuple
@@ -246,7 +247,7 @@ def _hang(shoulders, swing, elbow):
 
 
 def _reach(shoulder, target, pole=_BEHIND_SHOULDER):
-  """Elbow and hand of an arm that reaches for a point, or as far towards it as it can; the elbow bends to the pole."""
+  """Elbow and hand of an arm that reaches for a point, as far as it can; the elbow bends to the pole."""
   offset = target - shoulder
   distance = np.linalg.norm(offset, axis=-1, keepdims=True)
   along = offset / np.maximum(distance, 1e-6)
@@ -382,11 +383,11 @@ GESTURES = {
   "wave": _wave_hand,
   "throw": _throw,
   "phone": _to_ear,
-  "hand at ear": _to_ear,
+  "hand_at_ear": _to_ear,
   "text": _text,
   "carry": _carry,
   "lift": _grasp,
-  "put down": _grasp,
+  "put_down": _grasp,
   "clap": _clap,
   "shake": _shake,
   "hit": _punch,

@@ -1,7 +1,7 @@
-"""Scripts of the synthetic set: who does what, where and when; and their staging, from script to points on the picture.
+"""Who does what, where and when in the synthetic set: scripts, and their staging on the picture.
 
-Scripts are dealt from decks, so that every class has its share in any run of videos: a deck holds the casts of
-`len(layout)` videos, and a video's script follows from level, seed, split and index alone.
+Scripts are dealt from decks, so that every class has its share in any run of videos: a deck holds the casts
+of `len(layout)` videos. A video's script follows from level, seed, split and index alone.
 """
 
 import itertools
@@ -12,16 +12,30 @@ import numpy as np
 
 from vad_jax.datasets import figures, places, poses
 
-STANCE_CLASS = {
-  "bend": 1, "stoop": 1, "jump": 7, "run": 10, "sit": 11, "stand": 12, "stride": 12, "guard": 12, "ready": 12, "lunge": 12,
-  "walk": 14,
-}  # fmt: skip
-# Whoever is turned to another person without touching watches them; see `_yaw` for those who do not.
-GESTURE_CLASSES = {
-  "phone": (15,), "carry": (17,), "lift": (36,), "put down": (47,), "text": (57,), "throw": (58,), "hit": (64,), "clap": (67,),
-  "shake": (68,), "wave": (69,), "talk": (79, 80), "watch": (80,), "fists": (80,),
-}  # fmt: skip
+_STANCE_CLASSES = {  # of AVA
+  1: "bend stoop",
+  7: "jump",
+  10: "run",
+  11: "sit",
+  12: "stand stride guard ready lunge",
+  14: "walk",
+}
+_GESTURE_CLASSES = {
+  15: "phone",
+  17: "carry",
+  36: "lift",
+  47: "put_down",
+  57: "text",
+  58: "throw",
+  64: "hit",
+  67: "clap",
+  68: "shake",
+  69: "wave",
+  79: "talk",
+  80: "talk watch fists",  # who is turned to another person without touching
+}
 _BLEND = 0.2  # seconds from one act to the next, before and after the change
+_MARGIN = 0.22  # of a person's height that is kept free between it and the picture's edge
 
 
 class Act(NamedTuple):
@@ -33,7 +47,10 @@ class Act(NamedTuple):
   @property
   def classes(self) -> tuple[int, ...]:
     """AVA ids."""
-    return (STANCE_CLASS[self.stance], *GESTURE_CLASSES.get(self.gesture, ()))
+    tables = ((_STANCE_CLASSES, self.stance), (_GESTURE_CLASSES, self.gesture))
+    return tuple(
+      class_id for table, name in tables for class_id, names in table.items() if name in names.split()
+    )
 
 
 def _forms(stances: str, gestures: str) -> tuple[Act, ...]:
@@ -57,7 +74,7 @@ class Level(NamedTuple):
   """
 
   solos: tuple[tuple[Act, ...], ...]
-  pairs: tuple[tuple[tuple[Act, ...], tuple[Act, ...]], ...]
+  pairs: tuple[tuple[tuple[Act, ...], ...], ...]
   layout: tuple[tuple[int, int], ...]
   heights: tuple[float, float]
   floor: tuple[float, float]
@@ -72,6 +89,7 @@ class Level(NamedTuple):
 _TALKING = (_forms("stand|stand|sit", "talk"), _forms("stand|stand|sit", "watch"))
 _SHAKING = (_forms("stand", "shake"),) * 2
 _FIGHTING = (_forms("guard", "hit"),) * 2
+_FACING = (_forms("stand|ready", "watch|fists"),) * 2
 LEVELS = {
   "easy": Level(
     solos=(
@@ -100,8 +118,8 @@ LEVELS = {
   ),
   "full": Level(
     solos=(
-      _forms("stand|stride|ready", "idle|raised|hand at ear"),
-      _forms("sit", "idle|raised|hand at ear"),
+      _forms("stand|stride|ready", "idle|raised|hand_at_ear"),
+      _forms("sit", "idle|raised|hand_at_ear"),
       _forms("bend", "idle"),
       _forms("walk", "idle|raised"),
       _forms("run", "idle"),
@@ -112,11 +130,11 @@ LEVELS = {
       _forms("stand|walk", "carry"),
       _forms("stand|sit", "clap"),
       _forms("stoop", "lift"),
-      _forms("stoop", "put down"),
+      _forms("stoop", "put_down"),
       _forms("lunge", "throw"),
     ),
-    pairs=(_SHAKING, _SHAKING, _FIGHTING, _FIGHTING, _TALKING, _TALKING, (_forms("stand|ready", "watch|fists"),) * 2),
-    layout=((1, 0),) * 4 + ((2, 0),) * 4 + ((3, 0),) * 2 + ((4, 0),) * 2 + ((0, 1),) * 3 + ((1, 1),) * 3 + ((2, 1),) * 2,
+    pairs=(_SHAKING, _SHAKING, _FIGHTING, _FIGHTING, _TALKING, _TALKING, _FACING),
+    layout=((1, 0), (2, 0), (0, 1), (1, 1)) * 3 + ((3, 0), (4, 0), (2, 1)) * 2 + ((1, 0), (2, 0)),
     heights=(0.36, 0.84),
     floor=(0.46, 0.6),
     tempo=(0.75, 1.25),
@@ -126,7 +144,7 @@ LEVELS = {
     things=3,
     changes=True,
   ),
-}  # fmt: skip
+}
 
 Cast = list[list[Act]]  # of a group: for every person the acts in order
 
@@ -165,7 +183,7 @@ class Scene(NamedTuple):
   """
 
   actors: list[Actor]
-  changes: list[float]
+  changes: Sequence[float]
   backdrop: np.ndarray
   camera: np.ndarray
   things: list[tuple[float, figures.Thing]]
@@ -213,7 +231,9 @@ def _cast(rng: np.random.Generator, acts: Iterator, size: int, num_acts: int) ->
   return cast
 
 
-def stage(level: Level, groups: list[Cast], times: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> Scene:
+def stage(
+  level: Level, groups: list[Cast], times: np.ndarray, size: tuple[int, int], rng: np.random.Generator
+) -> Scene:
   """Puts a script on the picture.
 
   Args:
@@ -225,29 +245,82 @@ def stage(level: Level, groups: list[Cast], times: np.ndarray, size: tuple[int, 
   """
   height, width = size
   num_acts = len(groups[0][0])
-  changes = [int(part * times[-1] / num_acts + rng.integers(0, 2)) - 0.5 for part in range(1, num_acts)]
+  changes = [
+    float(int(part * times[-1] / num_acts) + rng.integers(0, 2) + 0.5) for part in range(1, num_acts)
+  ]
   camera = _camera(level, times, height, rng)
   margin = int(np.abs(camera).max()) + 2
   floor = height * rng.uniform(*level.floor)
   backdrop = places.random_place(
     rng, height + 2 * margin, width + 2 * margin, floor + margin, busy=level.changes
   )
-  weights = _weights(times, changes)
+  film = _Film(times, _weights(times, changes), width, camera, backdrop.mean((0, 1)))
   actors: list[Actor] = []
-  crowd = sum(len(cast) for cast in groups)
   slots = _slots([len(cast) for cast in groups], rng)
+  alone = sum(len(cast) for cast in groups) == 1
   for cast, slot in zip(groups, slots, strict=True):
-    tall = height * rng.uniform(*level.heights)
-    tall = min(tall, width * (0.66 if len(cast) == 1 else 0.58))
+    tall = min(height * rng.uniform(*level.heights), width * (0.66 if len(cast) == 1 else 0.58))
+    spots = _spots(cast, slot * width, tall, 0.36 * height + 0.76 * tall, width, alone, rng)
     styles = _styles(level, cast, rng)
-    gap = _gap(cast, rng)
-    talls = [tall * rng.uniform(0.95, 1.05) for _ in cast]
-    feet = height * 0.36 + 0.76 * tall
-    for member, acts in enumerate(cast):
-      place = _Place(times, weights, size, slot * width, feet, talls, gap * tall, member, crowd)
-      actors.append(_actor(place, acts, styles[member], backdrop, camera, rng))
-  things = _litter(level, times, size, floor, camera, rng)
-  return Scene(actors, changes, backdrop, camera, things)
+    for spot, acts, own_styles in zip(spots, cast, styles, strict=True):
+      actors.append(_actor(film, spot, acts, own_styles, rng))
+  return Scene(actors, changes, backdrop, camera, _litter(level, times, size, floor, camera, rng))
+
+
+class _Film(NamedTuple):
+  """What all people of a scene share.
+
+  Attributes:
+    times: ``[T]`` seconds.
+    weights: ``[T, acts]`` share of each act.
+    width: of the picture.
+    camera: ``[T, 2]`` its shift.
+    color: ``[3]`` mean of the place.
+  """
+
+  times: np.ndarray
+  weights: np.ndarray
+  width: int
+  camera: np.ndarray
+  color: np.ndarray
+
+
+class _Spot(NamedTuple):
+  """Where one person is to be; pixels, but for `reach` and `meet`: heights of the person.
+
+  Attributes:
+    x: where it stands or begins to walk.
+    feet: y of the floor under it.
+    tall: standing height.
+    side: where it looks, -1 to the left or 1 to the right.
+    paired: whether that is a partner.
+    reach: half the distance to the partner.
+    meet: height above the floor where hands meet.
+  """
+
+  x: float
+  feet: float
+  tall: float
+  side: float
+  paired: bool
+  reach: float
+  meet: float
+
+
+def _spots(cast: Cast, center: float, tall: float, feet: float, width: int, alone: bool, rng) -> list[_Spot]:
+  if len(cast) == 1:
+    # In company one looks away from the middle: who is turned to others would be watching them.
+    side = rng.choice([-1.0, 1.0]) if alone else np.sign(center - 0.5 * width)
+    return [_Spot(center, feet, tall, side, False, 0.0, 0.0)]
+  gestures = {act.gesture for acts in cast for act in acts}
+  gap = tall * (rng.uniform(0.44, 0.5) if gestures & {"shake", "hit"} else rng.uniform(0.62, 0.9))
+  room = 0.5 * gap + _MARGIN * tall
+  center = float(np.clip(center, room, width - room))
+  talls = tall * rng.uniform(0.95, 1.05, 2)
+  return [
+    _Spot(center - side * 0.5 * gap, feet, own, side, True, 0.5 * gap / own, 0.64 * talls.min() / own)
+    for own, side in zip(talls, (1.0, -1.0), strict=True)
+  ]
 
 
 def _slots(sizes: list[int], rng: np.random.Generator) -> np.ndarray:
@@ -261,12 +334,6 @@ def _slots(sizes: list[int], rng: np.random.Generator) -> np.ndarray:
   slots = np.empty(len(sizes))
   slots[order] = centers
   return slots
-
-
-def _gap(cast: Cast, rng: np.random.Generator) -> float:
-  """Distance between two partners, in their height."""
-  gestures = {act.gesture for acts in cast for act in acts}
-  return rng.uniform(0.44, 0.5) if gestures & {"shake", "hit"} else rng.uniform(0.62, 0.9)
 
 
 def _styles(level: Level, cast: Cast, rng: np.random.Generator) -> list[list[poses.Style]]:
@@ -292,90 +359,77 @@ def _camera(level: Level, times: np.ndarray, height: int, rng: np.random.Generat
   return height * (level.pan * pan + level.shake * shake)
 
 
-def _weights(times: np.ndarray, changes: list[float]) -> np.ndarray:
+def _weights(times: np.ndarray, changes: Sequence[float]) -> np.ndarray:
   """``[T, acts]`` share that each act has in the pose; one passes smoothly into the next."""
   steps = [np.clip((times - change) / (2 * _BLEND) + 0.5, 0, 1) for change in changes]
-  begun = np.stack([np.ones_like(times), *(step * step * (3 - 2 * step) for step in steps), np.zeros_like(times)], -1)
+  begun = np.stack(
+    [np.ones_like(times), *(step * step * (3 - 2 * step) for step in steps), np.zeros_like(times)], -1
+  )
   return begun[:, :-1] - begun[:, 1:]
 
 
-class _Place(NamedTuple):
-  """What staging one person needs to know of its surroundings."""
-
-  times: np.ndarray
-  weights: np.ndarray
-  size: tuple[int, int]
-  center: float
-  feet: float
-  talls: list[float]
-  gap: float
-  member: int
-  crowd: int
-
-
-def _actor(place: _Place, acts, styles, backdrop, camera, rng) -> Actor:
-  times, tall, member = place.times, place.talls[place.member], place.member
-  paired = len(place.talls) == 2
-  toward = 1 - 2 * member
-  x = np.full(len(times), place.center - (toward * 0.5 * place.gap if paired else 0.0))
-  speed = sum(
-    place.weights[:, i] * poses.travel_speed(act.stance, styles[i]) for i, act in enumerate(acts)
-  )
-  x, heading = _path(x[0], speed * tall, times, place.size[1], tall, rng)
+def _actor(film: _Film, spot: _Spot, acts: list[Act], styles: list[poses.Style], rng) -> Actor:
+  times, tall = film.times, spot.tall
+  lag = 0.0 if spot.paired else rng.uniform(-0.08, 0.08)  # seconds off the beat; partners keep time
+  speeds = [poses.travel_speed(act.stance, style) for act, style in zip(acts, styles, strict=True)]
+  x, heading = _path(spot.x, tall * film.weights @ speeds, times, film.width, tall, rng)
+  yaws = [_yaw(act, spot, heading, rng) for act in acts]
   body = np.zeros((len(times), poses.NUM_JOINTS, 3))
-  yaw = np.zeros(len(times))
-  act_yaws = []
-  lag = rng.uniform(-0.08, 0.08)
-  for i, act in enumerate(acts):
-    style = styles[i]
-    if paired:
-      style = style._replace(reach=0.5 * place.gap / tall, meet=0.64 * min(place.talls) / tall)
-      if member and act.gesture == "hit":
-        style = style._replace(phase=style.phase + np.pi)
-    act_yaw = heading * rng.uniform(1.1, 1.45) if act.stance in ("walk", "run") else np.full(
-      len(times), toward * 1.4 if paired else _yaw(act, place.crowd, rng)
+  for act, style, weight in zip(acts, styles, film.weights.T, strict=True):
+    style = style._replace(reach=spot.reach, meet=spot.meet)
+    if act.gesture == "hit" and spot.side < 0:
+      style = style._replace(phase=style.phase + np.pi)  # they hit in turn
+    body += weight[:, None, None] * poses.joints(
+      act.stance, act.gesture, times + lag * (not spot.paired), style
     )
-    act_yaws.append(act_yaw)
-    body += place.weights[:, i, None, None] * poses.joints(act.stance, act.gesture, times + lag, style)
-    yaw += place.weights[:, i] * act_yaw
-  feet = np.stack([x, np.full(len(times), place.feet)], -1)
+  yaw = np.sum(film.weights.T * yaws, 0)
+  feet = np.stack([x, np.full(len(times), spot.feet)], -1)
   points, near = figures.project(body, yaw, feet, tall)
-  look = figures.random_look(rng, backdrop.reshape(-1, 3).mean(0))
+  look = figures.random_look(rng, film.color)
   view = figures.View(points, near, yaw, tall)
   things, seats = [], []
-  for i, act in enumerate(acts):
-    on = place.weights[:, i] >= 0.5
-    things += _handled(act, styles[i], view, place.times + lag, on, camera, rng)
+  for act, style, weight, act_yaw in zip(acts, styles, film.weights.T, yaws, strict=True):
+    on = weight >= 0.5
+    things += _handled(act, style, view, times + lag, on, film.camera, rng)
     if act.stance == "sit":
-      corners = np.broadcast_to(figures.chair_corners(), (len(times), 10, 3))
       where = np.broadcast_to(feet[on.argmax()], feet.shape)
-      shown, _ = figures.project(corners, act_yaws[i], where, tall)
-      color = figures.random_look(rng, backdrop.reshape(-1, 3).mean(0)).trousers
-      seats.append(figures.Thing("chair", shown + camera[:, None], 0.025 * tall, color))
-  view = view._replace(points=points + camera[:, None])
-  return Actor(look, view, figures.body_boxes(view, look), list(acts), place.feet, things, seats)
+      corners = np.broadcast_to(figures.chair_corners(), (len(times), 10, 3))
+      corners, _ = figures.project(corners, act_yaw, where, tall)
+      color = figures.random_look(rng, film.color).trousers
+      seats.append(figures.Thing("chair", corners + film.camera[:, None], 0.025 * tall, color))
+  view = view._replace(points=points + film.camera[:, None])
+  return Actor(look, view, figures.body_boxes(view, look), acts, spot.feet, things, seats)
 
 
-def _yaw(act: Act, crowd: int, rng: np.random.Generator) -> float:
-  """Where somebody without partner faces. In company not towards others, or they would be watching."""
-  side = rng.choice([-1.0, 1.0])
-  if act.gesture in ("wave", "raised"):
-    return side * rng.uniform(0.0, 0.6)
-  if act.stance in ("bend", "stoop", "lunge"):
-    return side * rng.uniform(0.9, 1.5)
-  return side * rng.uniform(0.1, 0.7 if crowd > 1 else 1.4)
+def _yaw(act: Act, spot: _Spot, heading: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """``[T]`` where somebody faces who goes along the heading or does something else."""
+  if act.stance in ("walk", "run"):
+    return heading * rng.uniform(1.1, 1.45)
+  if spot.paired:
+    angle = 1.4
+  elif act.gesture in ("wave", "raised"):
+    angle = rng.uniform(0.0, 0.6)
+  elif act.stance in ("bend", "stoop", "lunge"):
+    angle = rng.uniform(0.9, 1.5)
+  else:
+    angle = rng.uniform(0.4 if act.stance == "sit" else 0.1, 1.3)
+  return np.full(len(heading), spot.side * angle)
 
 
-def _path(start: float, speed: np.ndarray, times: np.ndarray, width: int, tall: float, rng) -> tuple[np.ndarray, np.ndarray]:
+def _path(
+  start: float, speed: np.ndarray, times: np.ndarray, width: int, tall: float, rng
+) -> tuple[np.ndarray, np.ndarray]:
   """To and fro between the picture's edges: ``[T]`` x and ``[T]`` heading in [-1, 1], 1 is right."""
-  low, high = 0.22 * tall, width - 0.22 * tall
+  low, high = _MARGIN * tall, width - _MARGIN * tall
   span = max(high - low, 1.0)
   start = float(np.clip(start, low, high)) - low
   start = start if rng.random() < 0.5 else 2 * span - start
   gone = (start + np.cumsum(speed) * (times[1] - times[0])) % (2 * span)
   heading = np.where(gone < span, 1.0, -1.0)
   turn = max(3, round(0.16 / (times[1] - times[0])))
-  heading = np.convolve(np.pad(heading, turn, mode="edge"), np.full(2 * turn + 1, 1 / (2 * turn + 1)), mode="valid")
+  heading = np.convolve(
+    np.pad(heading, turn, mode="edge"), np.full(2 * turn + 1, 1 / (2 * turn + 1)), mode="valid"
+  )
   return low + np.where(gone < span, gone, 2 * span - gone), heading
 
 
@@ -389,13 +443,13 @@ def _handled(act: Act, style, view: figures.View, times, on, camera, rng) -> lis
     return [figures.Thing("box", between + camera, 0.12 * tall, color, on)]
   if act.gesture in ("phone", "text"):
     shade = [(18, 18, 22), (236, 238, 242)][rng.integers(2)]
-    return [figures.Thing("phone", hand + [0, -0.02 * tall] + camera, 0.055 * tall, shade, on)]
+    return [figures.Thing("phone", hand + np.array([0, -0.02 * tall]) + camera, 0.055 * tall, shade, on)]
   since = poses.event_phase(times)
-  if act.gesture in ("lift", "put down"):
+  if act.gesture in ("lift", "put_down"):
     turning = np.where(on, np.abs(since), 1).argmin()
     held = (since >= 0) if act.gesture == "lift" else (since < 0)
     point = np.where(held[:, None], between, between[turning])
-    return [figures.Thing("box", point + [0, 0.05 * tall] + camera, 0.12 * tall, color, on)]
+    return [figures.Thing("box", point + np.array([0, 0.05 * tall]) + camera, 0.12 * tall, color, on)]
   if act.gesture == "throw":
     release = np.where(on, np.abs(since), 1).argmin()
     flight = np.maximum(since, 0)[:, None]

@@ -8,12 +8,13 @@
   annotations/label_map.pbtxt           the classes of the set, by AVA's ids and names
   dataset.json                          what it was made with; written last
 
-Motion, not the single frame, tells many classes apart: people stand as if caught in a stride, hold an arm up as if to
-wave, hold a hand at the ear without a telephone; at level "full" putting down is picking up run backward.
+Motion, not the single frame, tells many classes apart: people stand as if caught in a stride, or hold an arm
+up as if to wave; at level "full" they also hold a hand at the ear without a telephone, and putting down is
+picking up run backward.
 """
 
 import argparse
-import concurrent.futures
+import concurrent.futures.process
 import itertools
 import json
 import multiprocessing
@@ -32,7 +33,7 @@ from vad_jax.datasets.video import VideoReader, VideoWriter
 
 LABEL_MAP = Path(__file__).parent / "labels" / "ava_v2.2.pbtxt"
 SPLITS = ("train", "val")
-_DRAWING = 1  # counts up when the same script comes to look different: sets made before are then not taken for this one
+_REVISION = 1  # counts up with any change of what `make` writes, so that older sets are not taken for it
 
 
 class _Settings(NamedTuple):
@@ -67,10 +68,12 @@ def make(
 ) -> None:
   """Renders a set, or what is missing of it; returns at once where it is complete.
 
-  A video follows from the settings, its split and its index alone, on any number of workers. The tubes file holds
-  ``{video: {"fps", "num_frames", "size": [height, width], "tubes": [{"person_id", "boxes": [[frame, x1, y1, x2, y2],
-  ...], "labels": [{"id", "start_frame", "end_frame"}, ...]}, ...]}}`` with boxes normalised and ``end_frame`` the first
-  frame that a label no longer holds for. Boxes surround the whole body, clipped to the picture.
+  A video follows from the settings, its split and its index alone, on any number of workers.
+
+  The tubes file holds ``{video: {"fps": f, "num_frames": n, "size": [height, width], "tubes": [tube, ...]}}``
+  with a tube ``{"person_id": p, "boxes": [[frame, x1, y1, x2, y2], ...], "labels": [label, ...]}`` and a
+  label ``{"id": k, "start_frame": a, "end_frame": b}`` that holds for frames a to b - 1. Boxes are
+  normalised and surround the whole body, as far as it is inside the picture; what others hide of it counts.
 
   Args:
     directory: of the set; made where there is none.
@@ -85,12 +88,19 @@ def make(
 
   Raises:
     ValueError: an argument is out of its range, or the directory holds another set.
+    RuntimeError: a worker process was killed.
   """
-  settings = _Settings(level, (int(size[0]), int(size[1])), seconds, fps, seed)
-  _check(settings, num_train, num_val, workers)
+  _check(level, num_train, num_val, size, seconds, fps, seed, workers)
+  settings = _Settings(level, (int(size[0]), int(size[1])), int(seconds), float(fps), int(seed))
   directory = Path(directory)
   done, plan = directory / "dataset.json", directory / ".dataset.json.part"
-  wanted = {"kind": "synthetic", "drawing": _DRAWING, **settings._asdict(), "num_train": num_train, "num_val": num_val}
+  wanted = {
+    "kind": "synthetic",
+    "revision": _REVISION,
+    **settings._asdict(),
+    "num_train": num_train,
+    "num_val": num_val,
+  }
   wanted = json.loads(json.dumps(wanted))
   for manifest in (done, plan):
     _same_set(manifest, wanted)
@@ -104,7 +114,11 @@ def make(
       leftover.unlink()
   (directory / "annotations").mkdir(exist_ok=True)
   plan.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-  tasks = [(settings, directory, split, i) for split, n in zip(SPLITS, (num_train, num_val), strict=True) for i in range(n)]
+  tasks = [
+    (settings, directory, split, i)
+    for split, n in zip(SPLITS, (num_train, num_val), strict=True)
+    for i in range(n)
+  ]
   made = _make_all(tasks, min(workers or _num_cores(), len(tasks)))
   for split, videos in zip(SPLITS, (made[:num_train], made[num_train:]), strict=True):
     _write_annotations(directory / "annotations", split, videos)
@@ -114,19 +128,21 @@ def make(
   os.replace(plan, done)
 
 
-def _check(settings: _Settings, num_train: int, num_val: int, workers: int | None) -> None:
-  if settings.level not in scenes.LEVELS:
-    raise ValueError(f"level {settings.level!r} is none of {', '.join(scenes.LEVELS)}")
+def _check(level, num_train, num_val, size, seconds, fps, seed, workers) -> None:
+  if level not in scenes.LEVELS:
+    raise ValueError(f"level {level!r} is none of {', '.join(scenes.LEVELS)}")
   if min(num_train, num_val) < 0 or num_train + num_val == 0:
-    raise ValueError(f"num_train={num_train}, num_val={num_val}: give at least one video, and no negative number")
-  if min(settings.size) < 48:
-    raise ValueError(f"size {settings.size[0]}x{settings.size[1]}: width and height are at least 48 pixels")
-  if settings.seconds != int(settings.seconds) or settings.seconds < 2:
-    raise ValueError(f"seconds={settings.seconds}: a whole number from 2 up, or there is no keyframe")
-  if not 5 <= settings.fps <= 120:
-    raise ValueError(f"fps={settings.fps}: from 5 to 120")
-  if settings.seed < 0:
-    raise ValueError(f"seed={settings.seed}: not negative")
+    raise ValueError(
+      f"num_train={num_train}, num_val={num_val}: give at least one video, and no negative number"
+    )
+  if min(size) < 48:
+    raise ValueError(f"size {size[0]}x{size[1]}: width and height are at least 48 pixels")
+  if seconds != int(seconds) or seconds < 2:
+    raise ValueError(f"seconds={seconds}: a whole number from 2 up, or there is no keyframe")
+  if not 5 <= fps <= 120:
+    raise ValueError(f"fps={fps}: from 5 to 120")
+  if seed < 0:
+    raise ValueError(f"seed={seed}: not negative")
   if workers is not None and workers < 1:
     raise ValueError(f"workers={workers}: at least 1")
 
@@ -170,6 +186,11 @@ def _make_all(tasks: list, workers: int) -> list[_Made]:
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as executor:
       try:
         collect(executor.map(_make_video, tasks, chunksize=4))
+      except concurrent.futures.process.BrokenProcessPool:
+        raise RuntimeError(
+          f"{directory}: a worker process was killed, by lack of memory perhaps; "
+          "the same call goes on where it stopped, try fewer workers"
+        ) from None
       except BaseException:
         executor.shutdown(cancel_futures=True)
         raise
@@ -214,7 +235,9 @@ def _render(path: Path, scene: scenes.Scene, times: np.ndarray, settings: _Setti
       if act.gesture == "talk":
         talking[begin:end] = np.sin(2 * np.pi * 2.3 * times[begin:end]) > 0
     painter = figures.PersonPainter(actor.look, actor.view, talking)
-    layers.append((actor.order, lambda frame, i, painter=painter, actor=actor: painter.paint(frame, i, actor.things)))
+    layers.append(
+      (actor.order, lambda frame, i, painter=painter, actor=actor: painter.paint(frame, i, actor.things))
+    )
   layers.sort(key=lambda layer: layer[0])
   with VideoWriter(path, size=(height, width), fps=settings.fps) as writer:
     for i in range(len(times)):
@@ -224,7 +247,9 @@ def _render(path: Path, scene: scenes.Scene, times: np.ndarray, settings: _Setti
       writer.write(frame)
 
 
-def _segments(actor: scenes.Actor, scene: scenes.Scene, fps: float, num_frames: int) -> list[tuple[int, int, scenes.Act]]:
+def _segments(
+  actor: scenes.Actor, scene: scenes.Scene, fps: float, num_frames: int
+) -> list[tuple[int, int, scenes.Act]]:
   """First frame, end frame and act of each part of a script."""
   bounds = [0, *(round(change * fps) for change in scene.changes), num_frames]
   return [(*span, act) for span, act in zip(itertools.pairwise(bounds), actor.acts, strict=True)]
@@ -236,10 +261,12 @@ def _annotate(video: str, scene: scenes.Scene, settings: _Settings, num_frames: 
   keyframes = {round(second * settings.fps): second for second in range(1, settings.seconds)}
   for person, actor in enumerate(scene.actors):
     boxes = np.clip(actor.boxes / [width, height, width, height], 0, 1).round(4)
-    seen = (boxes[:, 2:] - boxes[:, :2] > 0.01).all(1)
+    seen = np.all(boxes[:, 2:] - boxes[:, :2] > 0.01, axis=1)
     segments = _segments(actor, scene, settings.fps, num_frames)
     labels = [
-      {"id": class_id, "start_frame": begin, "end_frame": end} for begin, end, act in segments for class_id in act.classes
+      {"id": class_id, "start_frame": begin, "end_frame": end}
+      for begin, end, act in segments
+      for class_id in act.classes
     ]
     shown = [[i, *box] for i, box in enumerate(boxes.tolist()) if seen[i]]
     tubes.append({"person_id": person, "boxes": shown, "labels": labels})
@@ -250,7 +277,9 @@ def _annotate(video: str, scene: scenes.Scene, settings: _Settings, num_frames: 
       if seen[i] and label["start_frame"] <= i < label["end_frame"]
     ]
   rows.sort(key=lambda row: (row[0], row[3], row[2]))
-  return _Made(video, rows, {"fps": settings.fps, "num_frames": num_frames, "size": [height, width], "tubes": tubes})
+  return _Made(
+    video, rows, {"fps": settings.fps, "num_frames": num_frames, "size": [height, width], "tubes": tubes}
+  )
 
 
 def _write_annotations(directory: Path, split: str, videos: list[_Made]) -> None:
@@ -268,7 +297,9 @@ def _write_annotations(directory: Path, split: str, videos: list[_Made]) -> None
   (directory / f"{split}_tubes.json").write_text(tubes, encoding="utf-8")
 
 
-def contact_sheet(directory: annotations.PathLike, path: annotations.PathLike, *, split: str, rows: int = 12) -> None:
+def contact_sheet(
+  directory: annotations.PathLike, path: annotations.PathLike, *, split: str, rows: int = 12
+) -> None:
   """Paints keyframes of a set with their boxes and class names, to look at.
 
   Args:
@@ -296,21 +327,22 @@ def contact_sheet(directory: annotations.PathLike, path: annotations.PathLike, *
 
 
 def _cell(frame: np.ndarray, index: int, entry: dict[str, Any], names: dict[int, str]) -> np.ndarray:
-  """One frame of a contact sheet with boxes and class names."""
-  scale = max(1, round(220 / frame.shape[1]))
+  """One frame of a contact sheet with boxes, and the class names below it in the colours of the boxes."""
+  scale = max(1, round(240 / frame.shape[1]))
   cell = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
   height, width = cell.shape[:2]
-  for tube in entry["tubes"]:
-    box = next((box for number, *box in tube["boxes"] if number == index), None)
-    if box is None:
-      continue
-    x1, y1, x2, y2 = (round(value * side) for value, side in zip(box, (width, height) * 2, strict=True))
-    cv2.rectangle(cell, (x1, y1), (x2, y2), (255, 230, 0), 1)
-    labels = [names[label["id"]] for label in tube["labels"] if label["start_frame"] <= index < label["end_frame"]]
-    for line, name in enumerate(labels):
-      at = (x1 + 2, y1 + 10 + 10 * line)
-      for color, thick in (((0, 0, 0), 2), ((255, 255, 255), 1)):
-        cv2.putText(cell, name.split(" (")[0], at, cv2.FONT_HERSHEY_SIMPLEX, 0.32, color, thick, cv2.LINE_AA)
+  cell = np.pad(cell, [(0, 12 * 4 + 4), (0, 2), (0, 0)])
+  colors = [(255, 225, 0), (0, 230, 255), (255, 120, 255), (120, 255, 120)]
+  for number, (tube, color) in enumerate(zip(entry["tubes"], colors, strict=False)):
+    labels = [
+      names[label["id"]] for label in tube["labels"] if label["start_frame"] <= index < label["end_frame"]
+    ]
+    caption = ", ".join(name.split(" (")[0] for name in labels)
+    at = (2, height + 11 + 12 * number)
+    cv2.putText(cell, caption, at, cv2.FONT_HERSHEY_SIMPLEX, 0.38, color, 1, cv2.LINE_AA)
+    for box in (box for shown, *box in tube["boxes"] if shown == index):
+      x1, y1, x2, y2 = (round(value * side) for value, side in zip(box, (width, height) * 2, strict=True))
+      cv2.rectangle(cell, (x1, y1), (x2, y2), color, 1)
   return cell
 
 
@@ -328,7 +360,9 @@ def main() -> None:
     description="Renders a synthetic action detection set: mp4 videos, AVA CSV and tubes.",
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
-  parser.add_argument("--output", required=True, metavar="DIR", default=argparse.SUPPRESS, help="directory of the set")
+  parser.add_argument(
+    "--output", required=True, metavar="DIR", default=argparse.SUPPRESS, help="directory of the set"
+  )
   parser.add_argument("--level", choices=list(scenes.LEVELS), default="easy", help="how hard it is")
   parser.add_argument("--num-train", type=int, default=600, metavar="N", help="training videos")
   parser.add_argument("--num-val", type=int, default=120, metavar="N", help="held-out videos")
@@ -337,16 +371,16 @@ def main() -> None:
   parser.add_argument("--fps", type=float, default=25, help="frames a second")
   parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives another set")
   parser.add_argument("--workers", type=int, metavar="N", help="processes; one a core where not given")
-  parser.add_argument("--contact-sheet", metavar="PNG", help="also paint frames with boxes and class names, to look at")
-  args = parser.parse_args()
+  parser.add_argument(
+    "--contact-sheet", metavar="PNG", help="also paint frames with boxes and class names, to look at"
+  )
+  args = vars(parser.parse_args())
+  directory, sheet = args.pop("output"), args.pop("contact_sheet")
   try:
-    make(
-      args.output, level=args.level, num_train=args.num_train, num_val=args.num_val, size=args.size, seconds=args.seconds,
-      fps=args.fps, seed=args.seed, workers=args.workers,
-    )  # fmt: skip
-    if args.contact_sheet:
-      contact_sheet(args.output, args.contact_sheet, split="val" if args.num_val else "train")
-  except (ValueError, OSError) as error:
+    make(directory, **args)
+    if sheet:
+      contact_sheet(directory, sheet, split="val" if args["num_val"] else "train")
+  except (ValueError, OSError, RuntimeError) as error:
     sys.exit(f"error: {error}")
   except KeyboardInterrupt:
     sys.exit("\ninterrupted; the same command goes on where it stopped")
