@@ -279,7 +279,7 @@ def test_a_folder_in_the_common_layout_opens_both_ways(layout):
 
 def test_a_missing_file_of_a_set_is_named(layout):
   (layout / "videos" / "val" / "v.mp4").write_bytes(b"")
-  with pytest.raises(VideoError, match=r"val: none of 1 videos can be read; the first: .*v\.mp4"):
+  with pytest.raises(VideoError, match=r"val/v\.mp4: .*the file is empty.* \(as all 1 videos"):
     datasets.open_directory(layout)
   (layout / "annotations" / "train.csv").write_text("zebra,0001,0.1,0.1,0.5,0.9,1,0\n")
   with pytest.raises(ValueError, match=r"none of the 1 annotated keyframes .*zebra"):

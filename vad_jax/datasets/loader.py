@@ -1,6 +1,6 @@
 """Keyframe clips as batches: the only file that knows grain.
 
-  dataset = KeyframeDataset(keyframes, RecordFrames("data/mine/records/..."), ClipSpec(), label_map)
+  dataset = KeyframeDataset(keyframes, RecordFrames("data/mine/records/train"), ClipSpec(), label_map)
   batches = train_batches(dataset, batch_size=8, canvas=(288, 512), short_side=288, max_boxes=16, seed=0)
   batch = next(batches)  # vad_jax.batch.Batch
   state = batches.get_state()  # and later: batches.set_state(state)

@@ -11,14 +11,15 @@ new encoding.
 
 import bisect
 import collections
-import contextlib
+import functools
 import itertools
 import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # A long video is decoded in pieces of this many seconds, so that memory stays flat and all cores have work.
 _PIECE_SECONDS = 30
+_RECORDS_PER_FILE = 1000  # some hundred MB
 _INDEX = "index.json"
 
 
@@ -64,111 +66,119 @@ def build(
     VideoError: there are no videos, or none of them can be read.
   """
   source = Path(source_dir) / "videos" / split
-  builder = VideoSeconds(source, split, output_dir, workers=workers, short_side=short_side, quality=quality)
-  folder = Path(builder.data_dir)
-  mode = tfds.GenerateMode.REUSE_DATASET_IF_EXISTS
+  folder = Path(output_dir) / split
+  files = video_files(source) if source.is_dir() else {}
+  sizes = {video: path.stat().st_size for video, path in files.items()}
+  made_from = {"short_side": short_side, "quality": quality, "bytes": sizes}
   if (folder / _INDEX).is_file():
-    if not source.is_dir() or json.loads((folder / _INDEX).read_text())["made_from"] == builder.made_from:
+    if not files or json.loads((folder / _INDEX).read_text())["made_from"] == made_from:
       return folder
     logger.warning("%s: videos or settings have changed, building the records again", folder)
-    mode = tfds.GenerateMode.REUSE_CACHE_IF_EXISTS
-  tfds.disable_progress_bar()
-  with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(download_mode=mode))
+  if not files:
+    raise VideoError(f"{source}: no videos here; expected <video>.mp4 files")
+  partial = folder.with_name(f".{split}.{os.getpid()}.part")
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  try:
+    encode = functools.partial(_encode, short_side=short_side, quality=quality)
+    seconds = _write(partial, split, files, encode, workers or os.cpu_count() or 1)
+    index = {"split": split, "made_from": made_from, "seconds": seconds}
+    (partial / _INDEX).write_text(json.dumps(index))
+    if folder.exists():
+      shutil.rmtree(folder)
+    partial.rename(folder)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
   return folder
 
 
-class VideoSeconds(tfds.core.GeneratorBasedBuilder):
-  """One record a second of video; keys are ``<video>/<second>``, in order."""
+def _write(
+  folder: Path, split: str, files: dict[str, Path], encode: Callable[..., Any], workers: int
+) -> dict[str, list[int]]:
+  """Writes records and the list of problems; returns the seconds of each video, as its records follow."""
+  features = {
+    "video": tfds.features.Text(),
+    "second": np.int32,
+    "times": tfds.features.Tensor(shape=(None,), dtype=np.float64),
+    "frames": tfds.features.Sequence(tfds.features.Text()),
+    "height": np.int32,
+    "width": np.int32,
+  }
+  identity = tfds.core.DatasetIdentity("video_seconds", tfds.core.Version("1.0.0"), str(folder), __name__)
+  info = tfds.core.DatasetInfo(
+    builder=identity, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+  )
+  # Not a GeneratorBasedBuilder: that would first collect all records in memory and temporary files.
+  writer = tfds.core.SequentialWriter(info, _RECORDS_PER_FILE, file_format="array_record")
+  writer.initialize_splits([split])
+  seconds = collections.defaultdict(list)
+  broken = collections.Counter()
+  with ThreadPoolExecutor(workers) as pool:
+    probes = dict(zip(files, pool.map(probe, files.values()), strict=True))
+    unreadable = {video: str(error) for video, (_, error) in probes.items() if error}
+    for error in unreadable.values():
+      logger.warning("left out: %s", error)
+    if len(unreadable) == len(files):
+      raise VideoError(
+        f"{next(iter(unreadable.values()))} (as all {len(files)} videos of the split {split!r})"
+      )
+    pieces = [
+      (video, files[video], *piece)
+      for video, (duration, error) in probes.items()
+      if not error
+      for piece in _pieces(duration)
+    ]
+    with progress.bar(f"Encoding {split} records", len(pieces)) as advance:
+      for video, records, lost in _ordered(pool, encode, pieces, workers + 2):
+        writer.add_examples({split: records})
+        seconds[video].extend(record["second"] for record in records)
+        broken[video] += lost
+        advance()
+  writer.close_all()
+  problems = {"unreadable": unreadable, "broken_frames": {video: n for video, n in broken.items() if n}}
+  (folder / "problems.json").write_text(json.dumps(problems, indent=2))
+  return seconds
 
-  VERSION = tfds.core.Version("1.0.0")
 
-  def __init__(
-    self,
-    source: Path,
-    split: str,
-    output_dir: PathLike,
-    *,
-    workers: int | None,
-    short_side: int | None,
-    quality: int,
-  ):
-    self._files = video_files(source) if source.is_dir() else {}
-    self._source = source
-    self._split = split
-    self._workers = workers or os.cpu_count() or 1
-    self._short_side = short_side
-    self._quality = quality
-    self.made_from = {
-      "short_side": short_side,
-      "quality": quality,
-      "bytes": {video: path.stat().st_size for video, path in self._files.items()},
-    }
-    super().__init__(data_dir=Path(output_dir) / split, file_format="array_record")
+def _encode(
+  piece: tuple[str, Path, float, float], *, short_side: int | None, quality: int
+) -> tuple[str, list[dict[str, Any]], int]:
+  """The video, its records of one piece, and the number of frames that were broken in it."""
+  video, path, start, stop = piece
+  records: list[dict[str, Any]] = []
+  with VideoReader(path, threads=1) as reader:
+    height, width = reader.size
+    scale = min(1.0, short_side / min(height, width)) if short_side else 1.0
+    size = {"height": round(height * scale), "width": round(width * scale)}
+    for time, frame in reader.read(start, stop):
+      if scale < 1:
+        frame = cv2.resize(frame, (size["width"], size["height"]), interpolation=cv2.INTER_AREA)
+      jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+      if not records or records[-1]["second"] != int(time):
+        records.append({"video": video, "second": int(time), "times": [], "frames": [], **size})
+      records[-1]["times"].append(time)
+      records[-1]["frames"].append(jpeg)
+    return video, records, reader.broken
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    features = {
-      "video": tfds.features.Text(),
-      "second": np.int32,
-      "times": tfds.features.Tensor(shape=(None,), dtype=np.float64),
-      "frames": tfds.features.Sequence(tfds.features.Text()),
-      "height": np.int32,
-      "width": np.int32,
-    }
-    return tfds.core.DatasetInfo(
-      builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-    )
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Iterable]:
-    del dl_manager  # the videos are already here
-    return {self._split: self._generate_examples()}
+def _pieces(duration: float | None) -> list[tuple[float, float]]:
+  starts = [float(start) for start in range(0, max(math.ceil(duration or 0), 1), _PIECE_SECONDS)]
+  return list(zip(starts, [*starts[1:], math.inf], strict=True))  # the end, as files say, may be too early
 
-  def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not self._files:
-      raise VideoError(f"{self._source}: no videos here; expected <video>.mp4 files")
-    seconds = collections.defaultdict(list)
-    broken = collections.Counter()
-    with ThreadPoolExecutor(self._workers) as pool:
-      probes = dict(zip(self._files, pool.map(probe, self._files.values()), strict=True))
-      unreadable = {video: str(error) for video, (_, error) in probes.items() if error}
-      for error in unreadable.values():
-        logger.warning("left out: %s", error)
-      if len(unreadable) == len(self._files):
-        raise VideoError(f"{self._source}: none of {len(self._files)} videos can be read; the first: {error}")
-      durations = {video: duration for video, (duration, error) in probes.items() if not error}
-      pieces = [(video, *piece) for video, duration in durations.items() for piece in _pieces(duration)]
-      with progress.bar(f"Encoding {self._split} records", len(pieces)) as advance:
-        for (video, *_), (records, lost) in zip(
-          pieces, _ordered(pool, self._encode, pieces, self._workers + 2), strict=True
-        ):
-          broken[video] += lost
-          for record in records:
-            seconds[video].append(record["second"])
-            yield f"{video}/{record['second']:06d}", {"video": video, **record}
-          advance()
-    folder = Path(self.data_dir)  # renamed as a whole when all is written
-    index = {"split": self._split, "made_from": self.made_from, "seconds": seconds}
-    (folder / _INDEX).write_text(json.dumps(index))
-    problems = {"unreadable": unreadable, "broken_frames": {v: n for v, n in broken.items() if n}}
-    (folder / "problems.json").write_text(json.dumps(problems, indent=2))
 
-  def _encode(self, piece: tuple[str, float, float]) -> tuple[list[dict[str, Any]], int]:
-    """Records of one piece of a video, and the number of frames that were broken in it."""
-    video, start, stop = piece
-    records = []
-    with VideoReader(self._files[video], threads=1) as reader:
-      height, width = reader.size
-      scale = min(1.0, self._short_side / min(height, width)) if self._short_side else 1.0
-      height, width = round(height * scale), round(width * scale)
-      for time, frame in reader.read(start, stop):
-        if scale < 1:
-          frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
-        jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, self._quality])[1].tobytes()
-        if not records or records[-1]["second"] != int(time):
-          records.append({"second": int(time), "times": [], "frames": [], "height": height, "width": width})
-        records[-1]["times"].append(time)
-        records[-1]["frames"].append(jpeg)
-      return records, reader.broken
+def _ordered(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+  """Like ``pool.map``, but with no more than `ahead` results waiting in memory."""
+  waiting: collections.deque[Future] = collections.deque()
+  try:
+    for item in items:
+      waiting.append(pool.submit(function, item))
+      if len(waiting) >= ahead:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+  finally:
+    for future in waiting:
+      future.cancel()
 
 
 class RecordFrames:
@@ -264,19 +274,3 @@ class RecordFrames:
         f"{self.directory}: the frame of {name} is damaged; delete the folder and build it again"
       )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _pieces(duration: float | None) -> list[tuple[float, float]]:
-  starts = [float(start) for start in range(0, max(math.ceil(duration or 0), 1), _PIECE_SECONDS)]
-  return list(zip(starts, [*starts[1:], math.inf], strict=True))  # the end, as files say, may be too early
-
-
-def _ordered(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-  """Like ``pool.map``, but with no more than `ahead` results waiting in memory."""
-  waiting: collections.deque = collections.deque()
-  for item in items:
-    waiting.append(pool.submit(function, item))
-    if len(waiting) >= ahead:
-      yield waiting.popleft().result()
-  while waiting:
-    yield waiting.popleft().result()
