@@ -23,9 +23,7 @@ def drawn_box(frame, channel, size):
   """Normalised box of what is bright in a channel of a frame of which `size` is real."""
   rows, columns = np.nonzero(frame[..., channel] > 100)
   height, width = size
-  return np.array(
-    [columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height]
-  )
+  return np.array([columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height])
 
 
 @pytest.mark.parametrize("options", [Augment(1.0), Augment(0, (1.3, 1.3)), Augment(0.5, (0.5, 1.6))])
@@ -71,10 +69,7 @@ def test_the_input_is_left_alone_and_chance_decides():
   np.testing.assert_array_equal(first["video"], again["video"])
   assert first["video"].shape != other["video"].shape or (first["video"] != other["video"]).any()
   assert first["key"] == 7
-  flips = [
-    augment(original, Augment(0.25), np.random.default_rng(seed))[0]["boxes"][0, 0] > 0.5
-    for seed in range(400)
-  ]
+  flips = [augment(original, Augment(0.25), np.random.default_rng(seed))[0]["boxes"][0, 0] > 0.5 for seed in range(400)]
   assert 0.18 < np.mean(flips) < 0.32
   same, scale = augment(original, Augment(0.0), np.random.default_rng(0))
   assert same["video"] is original["video"] and scale == 1
@@ -110,9 +105,7 @@ def test_resizing_is_bilinear():
   np.testing.assert_array_equal(placed[0], cv2.resize(video[0], (128, 96), interpolation=cv2.INTER_LINEAR))
 
 
-@pytest.mark.parametrize(
-  "wrong", [{"flip": 2.0}, {"scale": (1.5, 1.0)}, {"scale": (0.0, 1.0)}, {"color": 1.0}]
-)
+@pytest.mark.parametrize("wrong", [{"flip": 2.0}, {"scale": (1.5, 1.0)}, {"scale": (0.0, 1.0)}, {"color": 1.0}])
 def test_options_out_of_range_are_refused(wrong):
   with pytest.raises(ValueError, match="expected flip in"):
     Augment(**wrong)

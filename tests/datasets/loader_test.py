@@ -148,8 +148,7 @@ def test_processes_share_an_epoch(dataset):
   options = {"seed": 5, "augment": AUGMENT, **PLACE}
   alone = take(train_batches(dataset, batch_size=1, **options), 24)
   shared = [
-    take(train_batches(dataset, batch_size=1, process_index=i, process_count=3, **options), 8)
-    for i in range(3)
+    take(train_batches(dataset, batch_size=1, process_index=i, process_count=3, **options), 8) for i in range(3)
   ]
   # The same examples with the same augmentation as one process has them, dealt out.
   assert_equal([batch for turn in zip(*shared, strict=True) for batch in turn], alone)
@@ -177,9 +176,7 @@ def test_evaluation_sees_everything_once(dataset, batch_size, process_count):
   assert all(batch["key"].shape == (batch_size,) for part in parts for batch in part)
   real = sorted(key for part in parts for key in keys(part) if key >= 0)
   assert real == list(range(11))
-  filler = [
-    (batch, row) for part in parts for batch in part for row, key in enumerate(batch["key"]) if key < 0
-  ]
+  filler = [(batch, row) for part in parts for batch in part for row, key in enumerate(batch["key"]) if key < 0]
   assert all(not batch[name][row].any() for batch, row in filler for name in batch if name != "key")
   if process_count == 1:
     assert keys(parts[0])[:11] == list(range(11))
@@ -205,9 +202,7 @@ def test_boxes_outside_the_frame_are_clipped_and_empty_ones_no_target(frames, ca
 
 
 def test_keyframes_without_anybody_are_examples_too(frames):
-  nobody = Keyframe(
-    "a", 1.0, np.zeros((0, 4), np.float32), np.zeros((0, 3), np.float32), np.zeros(0, np.int64)
-  )
+  nobody = Keyframe("a", 1.0, np.zeros((0, 4), np.float32), np.zeros((0, 3), np.float32), np.zeros(0, np.int64))
   dataset = KeyframeDataset([nobody], frames, CLIP, LABELS)
   batch = next(train_batches(dataset, batch_size=2, seed=0, augment=AUGMENT, **PLACE))
   assert not batch["box_mask"].any()
@@ -219,9 +214,7 @@ def test_keyframes_without_frames_are_left_out(frames, caplog):
   with caplog.at_level(logging.WARNING):
     dataset = KeyframeDataset([*unknown[:5], *known, *unknown[5:]], frames, CLIP, LABELS)
   assert [(k.video, k.timestamp) for k in dataset.keyframes] == [("a", 1), ("b", 3)]
-  assert (
-    "13 of 15 keyframes left out: no frames of 7 videos (a, lost0, lost1, lost2, lost3, ...)" in caplog.text
-  )
+  assert "13 of 15 keyframes left out: no frames of 7 videos (a, lost0, lost1, lost2, lost3, ...)" in caplog.text
 
 
 def test_annotations_of_other_videos_are_an_error(frames):
@@ -258,9 +251,7 @@ def layout(tmp_path):
     numbered_video.write(tmp_path / "videos" / split / f"{name}.mp4", 30)
     folder = tmp_path / "annotations"
     folder.mkdir(exist_ok=True)
-    (folder / f"{split}.csv").write_text(
-      f"{name},0001,0.1,0.1,0.5,0.9,1,0\n{name},0002,0.1,0.1,0.5,0.9,3,0\n"
-    )
+    (folder / f"{split}.csv").write_text(f"{name},0001,0.1,0.1,0.5,0.9,1,0\n{name},0002,0.1,0.1,0.5,0.9,3,0\n")
   annotations.write_label_map(folder / "label_map.pbtxt", LABELS)
   return tmp_path
 

@@ -75,9 +75,7 @@ def test_nearest_frame_at_the_ends_and_in_the_middle():
 def test_the_rotation_that_a_file_asks_for_is_applied(tmp_path):
   upright = numbered_video.picture(5)
   for turns in (1, 2, 3):
-    path = numbered_video.encode(
-      tmp_path / f"{turns}.mp4", CONSTANT[:6], codec="libx264", rotation=90 * turns
-    )
+    path = numbered_video.encode(tmp_path / f"{turns}.mp4", CONSTANT[:6], codec="libx264", rotation=90 * turns)
     with VideoReader(path) as reader:
       expected = np.rot90(upright, turns)
       assert reader.size == expected.shape[:2]
@@ -147,9 +145,7 @@ def test_a_file_cut_before_its_first_frame_is_named(example):
 
 
 def test_damage_in_the_middle_costs_only_the_frames_there(tmp_path):
-  path = numbered_video.encode(
-    tmp_path / "hit.mp4", CONSTANT, codec="libx264", options={"g": "10", "bf": "0"}
-  )
+  path = numbered_video.encode(tmp_path / "hit.mp4", CONSTANT, codec="libx264", options={"g": "10", "bf": "0"})
   content = bytearray(path.read_bytes())
   pictures = content.index(b"mdat") + 4
   middle = pictures + int.from_bytes(content[pictures - 8 : pictures - 4]) // 2
@@ -226,9 +222,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     VideoWriter(tmp_path / "file" / "a.mp4", size=(48, 80), fps=25)
 
 
-@pytest.mark.parametrize(
-  ("name", "codec", "copied"), [("in.mp4", "aac", True), ("in.mkv", "pcm_s16le", False)]
-)
+@pytest.mark.parametrize(("name", "codec", "copied"), [("in.mp4", "aac", True), ("in.mkv", "pcm_s16le", False)])
 def test_sound_is_taken_over(tmp_path, name, codec, copied):
   source = numbered_video.encode(tmp_path / name, 1 + CONSTANT, codec="libx264", audio=codec)
   with VideoWriter(tmp_path / "out.mp4", size=(48, 80), fps=25, audio_from=source) as writer:

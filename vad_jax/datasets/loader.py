@@ -92,9 +92,7 @@ class KeyframeDataset:
     num_classes: length of a label vector, the highest class id.
   """
 
-  def __init__(
-    self, keyframes: Sequence[Keyframe], frames: FrameSource, clip: ClipSpec, label_map: dict[int, str]
-  ):
+  def __init__(self, keyframes: Sequence[Keyframe], frames: FrameSource, clip: ClipSpec, label_map: dict[int, str]):
     """Drops, and logs, keyframes without frames.
 
     Raises:
@@ -117,9 +115,7 @@ class KeyframeDataset:
       logger.warning("%d boxes are empty or outside the frame; they are no training targets", empty)
 
   def _report_missing(self, keyframes: Sequence[Keyframe]) -> None:
-    lost = collections.Counter(k.video for k in keyframes) - collections.Counter(
-      k.video for k in self.keyframes
-    )
+    lost = collections.Counter(k.video for k in keyframes) - collections.Counter(k.video for k in self.keyframes)
     names = ", ".join(sorted(lost)[:5]) + (", ..." if len(lost) > 5 else "")
     if not self.keyframes:
       raise ValueError(

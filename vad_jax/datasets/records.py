@@ -105,9 +105,7 @@ def _write(
     "width": np.int32,
   }
   identity = tfds.core.DatasetIdentity("video_seconds", tfds.core.Version("1.0.0"), str(folder), __name__)
-  info = tfds.core.DatasetInfo(
-    builder=identity, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-  )
+  info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
   # Not a GeneratorBasedBuilder: that would first collect all records in memory and temporary files.
   writer = tfds.core.SequentialWriter(info, _RECORDS_PER_FILE, file_format="array_record")
   writer.initialize_splits([split])
@@ -119,9 +117,7 @@ def _write(
     for error in unreadable.values():
       logger.warning("left out: %s", error)
     if len(unreadable) == len(files):
-      raise VideoError(
-        f"{next(iter(unreadable.values()))} (as all {len(files)} videos of the split {split!r})"
-      )
+      raise VideoError(f"{next(iter(unreadable.values()))} (as all {len(files)} videos of the split {split!r})")
     pieces = [
       (video, files[video], *piece)
       for video, (duration, error) in probes.items()
@@ -198,9 +194,7 @@ class RecordFrames:
     try:
       index = json.loads((self.directory / _INDEX).read_text())
     except FileNotFoundError:
-      raise VideoError(
-        f"{directory}: no records here; make them with vad_jax.datasets.records.build"
-      ) from None
+      raise VideoError(f"{directory}: no records here; make them with vad_jax.datasets.records.build") from None
     self._split: str = index["split"]
     self._seconds: dict[str, list[int]] = index["seconds"]
     starts = itertools.accumulate((len(seconds) for seconds in self._seconds.values()), initial=0)
@@ -270,7 +264,5 @@ class RecordFrames:
     image = cv2.imdecode(np.frombuffer(record["frames"][row], np.uint8), cv2.IMREAD_COLOR)
     if image is None:
       name = f"{record['video'].decode()}, {record['times'][row]:.3f} s"
-      raise VideoError(
-        f"{self.directory}: the frame of {name} is damaged; delete the folder and build it again"
-      )
+      raise VideoError(f"{self.directory}: the frame of {name} is damaged; delete the folder and build it again")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

@@ -69,9 +69,7 @@ def video_files(folder: PathLike) -> dict[str, Path]:
   for path in sorted(Path(folder).iterdir()):
     if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."):
       if path.stem in files:
-        raise VideoError(
-          f"{path}: the video {path.stem!r} is also there as {files[path.stem].name}; delete one"
-        )
+        raise VideoError(f"{path}: the video {path.stem!r} is also there as {files[path.stem].name}; delete one")
       files[path.stem] = path
   return files
 
@@ -120,9 +118,7 @@ class VideoReader:
       self.broken = 0  # they are met again when the frames are read
       stream, container = self._stream, self._container
       self._stream_duration = float(stream.duration * self._time_base) if stream.duration else None
-      self.duration = self._stream_duration or (
-        container.duration / av.time_base if container.duration else None
-      )
+      self.duration = self._stream_duration or (container.duration / av.time_base if container.duration else None)
       self.num_frames = stream.frames or (round(self.duration * self.fps) if self.duration else None)
     except BaseException:
       self._container.close()
@@ -292,18 +288,14 @@ class VideoFrames:
     files = video_files(directory)
     self._videos: dict[str, tuple[Path, float | None]] = {}
     with ThreadPoolExecutor() as pool, progress.bar("Checking videos", len(files)) as advance:
-      for (video, path), (duration, error) in zip(
-        files.items(), pool.map(probe, files.values()), strict=True
-      ):
+      for (video, path), (duration, error) in zip(files.items(), pool.map(probe, files.values()), strict=True):
         if error:
           logger.warning("left out: %s", error)
         else:
           self._videos[video] = path, duration
         advance()
     if not self._videos:
-      raise VideoError(
-        f"{directory}: none of {len(files)} video files can be read; expected <video>.mp4 files"
-      )
+      raise VideoError(f"{directory}: none of {len(files)} video files can be read; expected <video>.mp4 files")
 
   def covers(self, video: str, time: float) -> bool:
     """Whether a time lies in a video, as far as the file says how long it is."""
@@ -340,9 +332,7 @@ class VideoWriter:
   so an odd one grows by a repeated row or column. The same frames give the same file on any number of cores.
   """
 
-  def __init__(
-    self, path: PathLike, *, size: tuple[int, int], fps: float, audio_from: PathLike | None = None
-  ):
+  def __init__(self, path: PathLike, *, size: tuple[int, int], fps: float, audio_from: PathLike | None = None):
     """Starts a file.
 
     Args:
@@ -360,9 +350,7 @@ class VideoWriter:
     self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
     try:
       self.path.parent.mkdir(parents=True, exist_ok=True)
-      self._container = av.open(
-        os.fspath(self._partial), "w", format="mp4", options={"movflags": "+faststart"}
-      )
+      self._container = av.open(os.fspath(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
     except OSError as error:
       raise VideoError(f"{path}: cannot be written ({error.strerror})") from None
     self._pts = -1
