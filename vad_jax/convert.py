@@ -68,10 +68,12 @@ def load_reference(model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, s
     if name not in state_dict:
       problems.append(f"missing: {name} (for {'.'.join(map(str, path))} {variable.shape})")
       continue
-    value, transposed = _to_our_layout(np.asarray(state_dict[name]), path[-1])
+    value, transposed = _to_our_layout(np.asarray(state_dict[name]), str(path[-1]))
     value = value.reshape(variable.shape) if value.size == variable.size and value.ndim > len(variable.shape) else value
     if value.shape != variable.shape:
-      problems.append(f"shape: {name} {np.shape(state_dict[name])} does not fit {'.'.join(map(str, path))} {variable.shape}")
+      problems.append(
+        f"shape: {name} {np.shape(state_dict[name])} does not fit {'.'.join(map(str, path))} {variable.shape}"
+      )
       continue
     values.append((path, variable.replace(jnp.asarray(value, variable.dtype))))
     (report.transposed if transposed else report.loaded).append(name)

@@ -11,7 +11,7 @@ from vad_jax import convert
 from vad_jax.layers.position import video_positions
 from vad_jax.models import evad
 from vad_jax.models.evad import EVAD
-from vad_jax.ops import losses, matching
+from vad_jax.ops import boxes, losses, matching
 from vad_jax.ops.roi_align import box_levels, roi_align
 
 BACKBONE, ROI, BOXES, FINAL = 5e-5, 3e-4, 1e-4, 1e-4
@@ -42,6 +42,7 @@ def official_batch(clips: list[dict]) -> dict:
 
 def official_taps(out: dict) -> dict[str, np.ndarray]:
   """Our tensors under the official names and in the official layout."""
+
   def channels_first(x):
     return np.moveaxis(np.asarray(x), -1, 1)
 
@@ -61,8 +62,10 @@ def official_taps(out: dict) -> dict[str, np.ndarray]:
     taps[f"head{i}_roi"] = np.moveaxis(roi.reshape(-1, *roi.shape[2:]), -1, 1)
     taps[f"head{i}_dynconv"] = np.asarray(layer["dynamic"]).reshape(-1, roi.shape[-1])
     taps[f"head{i}_levels"] = np.asarray(layer["level"]).reshape(-1) + 2
-    taps |= {f"head{i}_{name}": layer[key] for name, key in dict(
-      boxes_in="boxes_in", feature="feature", class_logits="logits", boxes="boxes").items()}
+    taps |= {
+      f"head{i}_{name}": layer[key]
+      for name, key in dict(boxes_in="boxes_in", feature="feature", class_logits="logits", boxes="boxes").items()
+    }
   for i, (x, logits) in enumerate(zip(out["decoder_tokens"], out["action_logits"], strict=True)):
     taps |= {f"crd{i}_x": x, f"crd{i}_logits": logits}
   return taps
@@ -96,7 +99,9 @@ def check_detections(model, out: dict, batch: dict, recorded: dict, limit: float
 
 def force_order(monkeypatch, recorded: dict) -> None:
   """Makes every pruning keep the recorded tokens in the recorded order: near ties may swap in another arithmetic."""
-  chosen = iter([recorded[name] for name in sorted((n for n in recorded if n.startswith("prune")), key=lambda n: int(n[5:]))])
+  chosen = iter(
+    [recorded[name] for name in sorted((n for n in recorded if n.startswith("prune")), key=lambda n: int(n[5:]))]
+  )
 
   def top_k(values, k):
     rows = []
@@ -217,7 +222,12 @@ def test_training_step(method):
 
   (total, terms), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
   np.testing.assert_allclose(total, recorded["total_fp64"], rtol=1e-5)
-  ours = {"loss_ce": "loss_person", "loss_bbox": "loss_box", "loss_giou": "loss_giou", "loss_bce": "loss_action"}
+  ours = {
+    "loss_ce": "loss_person",
+    "loss_bbox": "loss_box",
+    "loss_giou": "loss_giou",
+    "loss_bce": "loss_action",
+  }
   for name, expected in recorded["loss_weighted_fp64"].items():
     kind, _, layer = name.partition("_")[2].partition("_")
     np.testing.assert_allclose(terms[ours[f"loss_{kind}"] + (layer and f"_{layer}")], expected, rtol=1e-5, err_msg=name)
@@ -323,7 +333,7 @@ def test_units():
     table = video_positions(dim, (t, *map(int, target.split("x"))), side)
     golden_files.assert_tap(table.reshape(1, -1, dim), tap["resized"], 1e-5, name)
   deltas = units["apply_deltas"]
-  moved = evad.apply_deltas(jnp.array(deltas["boxes"]), jnp.array(deltas["deltas"]))
+  moved = boxes.apply_deltas(jnp.array(deltas["boxes"]), jnp.array(deltas["deltas"]), weights=deltas["weights"])
   np.testing.assert_allclose(moved, deltas["out"], rtol=1e-4, atol=1e-2)
   for case in units["roi_extension"]:
     frame = jnp.array([case["image_wh"] * 2], jnp.float32)
@@ -351,7 +361,10 @@ def test_roi_align_and_its_gradient():
 
     def pooled(features, rois=rois, size=size, images=images, case=case):
       every = roi_align(
-        features, jnp.broadcast_to(rois[:, 1:], (images, len(rois), 4)), scale=case["spatial_scale"], output_size=size,
+        features,
+        jnp.broadcast_to(rois[:, 1:], (images, len(rois), 4)),
+        scale=case["spatial_scale"],
+        output_size=size,
         sampling_ratio=case["sampling_ratio"],
       )
       return jnp.moveaxis(every[rois[:, 0].astype(int), jnp.arange(len(rois))], -1, 1)

@@ -1,9 +1,9 @@
 """Video ViT with tubelet tokens and fixed positions, as in VideoMAE (Tong et al., NeurIPS 2022).
 
 ``[B, T, H, W, 3]`` becomes tokens ``[B, T/2, H/16, W/16, C]``; there is no class token. The blocks are exposed, since
-detectors look between them. ``stem="convolution"`` replaces the patch embedding by a few overlapping convolutions of the
-same stride (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021): small models that start from
-scratch learn much faster with it, published weights need ``stem="patch"``.
+detectors look between them. ``stem="convolution"`` replaces the patch embedding by a few overlapping convolutions of
+the same stride (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021): small models that
+start from scratch learn much faster with it, published weights need ``stem="patch"``.
 """
 
 from typing import Literal
@@ -80,9 +80,7 @@ class ViT(nnx.Module):
 class PatchEmbed(nnx.Module):
   """Linear embedding of non-overlapping patches: a convolution whose stride is its window, as one matmul."""
 
-  def __init__(
-    self, width: int, patch: tuple[int, int, int], *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs
-  ):
+  def __init__(self, width: int, patch: tuple[int, int, int], *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
     self.patch, self.dtype = patch, dtype
     self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (*patch, 3, width)))
     self.bias = nnx.Param(jnp.zeros(width))
@@ -91,8 +89,9 @@ class PatchEmbed(nnx.Module):
     """``[B, T, H, W, 3]`` to ``[B, t, h, w, C]``."""
     t, h, w = self.patch
     x = einops.rearrange(video, "b (t dt) (h dh) (w dw) c -> b t h w (dt dh dw c)", dt=t, dh=h, dw=w)
-    x, kernel, bias = nnx.nn.dtypes.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
-    return x @ kernel.reshape(-1, kernel.shape[-1]) + bias
+    kernel, bias = self.kernel[...], self.bias[...]
+    dtype = self.dtype or jnp.result_type(x, kernel)
+    return x.astype(dtype) @ kernel.reshape(-1, len(bias)).astype(dtype) + bias.astype(dtype)
 
 
 class ConvolutionStem(nnx.Module):
@@ -115,7 +114,7 @@ class ConvolutionStem(nnx.Module):
   def __call__(self, video: Array) -> Array:
     """``[B, T, H, W, 3]`` to ``[B, t, h, w, C]``."""
     x = self.first(video)
-    batch, t = x.shape[:2]
+    batch = len(x)
     x = einops.rearrange(x, "b t h w c -> (b t) h w c")
     for norm, conv in zip(self.norms, self.space, strict=False):
       x = conv(jax.nn.gelu(norm(x), approximate=False))

@@ -76,7 +76,14 @@ class Block(nnx.Module):
   """Pre-norm transformer block: attention, then MLP, each behind LayerNorm (epsilon 1e-6) and drop path."""
 
   def __init__(
-    self, dim: int, heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0, dtype: jnp.dtype | None = None, rngs: nnx.Rngs
+    self,
+    dim: int,
+    heads: int,
+    *,
+    mlp_ratio: float = 4.0,
+    drop_path: float = 0.0,
+    dtype: jnp.dtype | None = None,
+    rngs: nnx.Rngs,
   ):
     self.norm1 = nnx.LayerNorm(dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
     self.attn = SelfAttention(dim, heads, dtype=dtype, rngs=rngs)

@@ -21,8 +21,8 @@ def sincos_positions(length: int, dim: int) -> np.ndarray:
 def video_positions(dim: int, grid: tuple[int, int, int], trained_side: int) -> np.ndarray:
   """Positions for a ``(t, h, w)`` grid, from the table of ``(t, trained_side, trained_side)``.
 
-  Each time slice is resized bicubically where the token count differs (EVAD's official code; a grid of another shape but
-  the same count is left alone, as there).
+  Each time slice is resized bicubically where the token count differs (EVAD's official code; a grid of another shape
+  but the same count is left alone, as there).
 
   Returns:
     ``[t, h, w, dim]`` float32.
@@ -37,7 +37,7 @@ def video_positions(dim: int, grid: tuple[int, int, int], trained_side: int) -> 
 
 
 def bicubic_matrix(source: int, target: int) -> np.ndarray:
-  """Matrix ``[target, source]`` of PyTorch's bicubic resize: A = -0.75, half-pixel centres, clamped, no antialiasing."""
+  """Matrix ``[target, source]`` of PyTorch's bicubic resize: A = -0.75, half-pixel centres, clamped, not smoothed."""
   a = -0.75
   center = (np.arange(target) + 0.5) * source / target - 0.5
   first = np.floor(center).astype(int)

@@ -10,10 +10,10 @@ Paper: Chen et al., "Efficient Video Action Detection with Token Dropout and Con
 Where paper and official code differ, the default follows the code, so that its released weights work:
 
 * Token order. The code keeps tokens in the order of their importance, but puts them back into the map (and gives them
-  positions in the decoder) in the order of their places; tokens of other frames than the keyframe thus land in each
-  other's places. ``token_order="paper"`` puts each token back where it came from.
-* Empty places of the map hold a learnt token, not zeros; tokens are narrowed before the map is rebuilt, and positions of
-  that width are added to all of it.
+  positions in the decoder) in the order of their places; tokens of other frames than the keyframe thus land in
+  each other's places. ``token_order="paper"`` puts each token back where it came from.
+* Empty places of the map hold a learnt token, not zeros; tokens are narrowed before the map is rebuilt, and positions
+  of that width are added to all of it.
 * A block keeps ``ceil(rate * tokens)`` tokens, those of the keyframe included, not ``rate * tokens``.
 * Extended boxes follow the "+1" pixel convention and are clipped to the frame; the score of an action is not multiplied
   by that of the person; persons below 0.7 are dropped unless that leaves nobody (see ``evaluate``).
@@ -39,6 +39,7 @@ from vad_jax.layers.fpn import FeaturePyramid
 from vad_jax.layers.position import video_positions
 from vad_jax.ops import boxes as box_ops
 from vad_jax.ops import losses
+from vad_jax.ops.pixels import normalize
 from vad_jax.ops.roi_align import pyramid_roi_align, roi_align
 
 
@@ -107,11 +108,11 @@ class EVAD(nnx.Module):
       variant: one of ``VARIANTS``.
       keep_rate: share of its tokens that a pruning block keeps, the keyframe's included (Table 2).
       prune_at: blocks, from 0, that prune; None takes the variant's.
-      pruning: importance from attention with all keyframe tokens kept; the same without that protection (Table 1c); or a
-        random choice before the first block (Table 1b).
+      pruning: by attention, with all keyframe tokens kept; the same without that protection (Table 1c); or at random
+        before the first block (Table 1b).
       keyframe_weight: weight of the keyframe's queries in the importance (Table 1g; 4 is best at keep rate 0.6).
       token_order: see the module's docstring.
-      decoder_tokens: what the decoder attends to; "all" brings dropped tokens back as they were when dropped (Table 1d).
+      decoder_tokens: what the decoder attends to; "all" brings dropped tokens back as they were (Table 1d).
       decoder_depth: blocks of the decoder (Table 1e); 0 is the linear head on actor features (Table 1a); None takes the
         variant's.
       roi_extension: growth of boxes in width and height before actor features are taken (Table 1f).
@@ -141,7 +142,7 @@ class EVAD(nnx.Module):
     self.prune_at = sizes.prune_at if prune_at is None else tuple(prune_at)
     self.pruning, self.keyframe_weight = pruning, keyframe_weight
     self.token_order, self.decoder_tokens = token_order, decoder_tokens
-    self.roi_extension, self.mask_padding, self.remat = tuple(roi_extension), mask_padding, remat
+    self.roi_extension, self.mask_padding, self.remat = roi_extension, mask_padding, remat
     self.compute_dtype, self.dense_loss, self.action_loss = compute, dense_loss, action_loss
 
     self.backbone = vit.ViT(
@@ -178,7 +179,9 @@ class EVAD(nnx.Module):
     side = 2 * self.backbone.patch[1]
     if batch["video"].shape[2] % side or batch["video"].shape[3] % side:
       raise ValueError(f"video {batch['video'].shape}: height and width must be multiples of {side}")
-    video, pixel_mask = normalize(batch["video"], batch["video_size"], self.compute_dtype)
+    video, pixel_mask = normalize(
+      batch["video"], batch["video_size"], mean=PIXEL_MEAN, std=PIXEL_STD, dtype=self.compute_dtype
+    )
     size = jnp.asarray(batch["video_size"])[:, ::-1]
     frame_size = jnp.concatenate([size, size], -1).astype(jnp.promote_types(video.dtype, jnp.float32))
 
@@ -200,7 +203,7 @@ class EVAD(nnx.Module):
       Normed tokens ``[B, n, C]``, protected ones first; their places; keyframe maps ``[B, h, w, C]`` for the pyramid.
     """
     embedded = self.backbone.embed(video)
-    batch, t, h, w, width = embedded.shape
+    batch, t, h, w, _ = embedded.shape
     x = keyframe_first(embedded)
     mask = None
     if self.mask_padding:
@@ -241,20 +244,26 @@ class EVAD(nnx.Module):
     strides = tuple(self.backbone.patch[1] / scale for scale in (4, 2, 1, 0.5))
     layers = []
     for layer in self.head:
-      roi, level = pyramid_roi_align(
-        pyramid, boxes, strides=strides, canonical_size=self.sizes.canonical_size
-      )
+      roi, level = pyramid_roi_align(pyramid, boxes, strides=strides, canonical_size=self.sizes.canonical_size)
       features, logits, refined, dynamic = layer(features, roi, jax.lax.stop_gradient(boxes) if layers else boxes)
-      layers.append(dict(boxes_in=boxes, level=level, roi=roi, dynamic=dynamic, feature=features, logits=logits, boxes=refined))
+      layers.append(
+        dict(
+          boxes_in=boxes,
+          level=level,
+          roi=roi,
+          dynamic=dynamic,
+          feature=features,
+          logits=logits,
+          boxes=refined,
+        )
+      )
       boxes = refined
     out["head"] = layers
     out["boxes"] = jnp.stack([layer["boxes"] for layer in layers])
     out["person_logits"] = jnp.stack([layer["logits"] for layer in layers])
     return boxes
 
-  def classify(
-    self, tokens: Array, places: "Places", boxes: Array, rngs: nnx.Rngs | None, out: dict[str, Any]
-  ) -> None:
+  def classify(self, tokens: Array, places: "Places", boxes: Array, rngs: nnx.Rngs | None, out: dict[str, Any]) -> None:
     """Actor features from the rebuilt map, refined by the decoder (section 3.4)."""
     narrow = self.decoder.proj(tokens)
     slots = places.slots(sort=self.token_order == "official" and self.decoder_tokens == "kept")
@@ -293,7 +302,7 @@ class EVAD(nnx.Module):
     person = jax.nn.softmax(out["person_logits"].astype(l1.dtype), -1)[..., :1]
     return 5 * l1 - 2 * person - 2 * giou
 
-  def loss(self, out: dict[str, Any], batch: Batch, match: Array | None) -> tuple[Array, dict[str, Array]]:
+  def loss(self, out: dict[str, Any], batch: Batch, match: Array) -> tuple[Array, dict[str, Array]]:
     """Set prediction loss of every localisation layer and action loss of every decoder block (section 3.5).
 
     The total is the sum of the weighted terms over their number, as in the official code.
@@ -306,10 +315,10 @@ class EVAD(nnx.Module):
     Returns:
       Scalar, and the weighted terms by name; ``_i`` marks those of earlier layers.
     """
-    assert match is not None
     targets, labels = jnp.asarray(batch["boxes"]), jnp.asarray(batch["labels"])
     real = jnp.asarray(batch["key"]) >= 0
-    num_actors = jnp.maximum((jnp.asarray(batch["box_mask"]) & real[:, None]).sum(), 1)
+    actors = jnp.asarray(batch["box_mask"]) & real[:, None]
+    num_actors = jnp.maximum(actors.sum(), 1)
     match = match & real[:, None, None]
     l1, giou = losses.box_costs(out["boxes"] / out["frame_size"][:, None], targets[None])
     terms = {}
@@ -329,7 +338,10 @@ class EVAD(nnx.Module):
       terms["loss_action" + ("" if layer == last else f"_{layer}")] = self.action_loss * mean
     total = sum(terms.values()) / len(terms)
     if self.dense_loss:
-      terms["loss_dense"] = self.dense_loss * dense_token_loss(out["dense"], out["frame_size"], batch, self.backbone.patch[1])
+      dense = losses.dense_detection_loss(
+        out["dense"], targets * out["frame_size"][:, None], labels, actors, stride=self.backbone.patch[1]
+      )
+      terms["loss_dense"] = self.dense_loss * dense
       total = total + terms["loss_dense"]
     return jnp.asarray(total), terms
 
@@ -378,7 +390,9 @@ class Places:
 
     chosen, others = order[:, :count], order[:, count:]
     rest_mask = None if mask is None else mask[:, self.protected :]
-    self.dropped.append((split(rest, others), split(self.kept, others), None if rest_mask is None else split(rest_mask, others)))
+    self.dropped.append(
+      (split(rest, others), split(self.kept, others), None if rest_mask is None else split(rest_mask, others))
+    )
     self.kept = split(self.kept, chosen)
     self.history.append(self.kept)
     x = jnp.concatenate([x[:, : self.protected], split(rest, chosen)], axis=1)
@@ -478,7 +492,12 @@ class LocalisationLayer(nnx.Module):
       person = jax.nn.relu(norm(linear(person)))
     for linear, norm in zip(self.box[::2], self.box[1::2], strict=True):
       box = jax.nn.relu(norm(linear(box)))
-    return x, self.person_logits(person), apply_deltas(boxes, self.box_deltas(box)), dynamic
+    return (
+      x,
+      self.person_logits(person),
+      box_ops.apply_deltas(boxes, self.box_deltas(box), weights=(2, 2, 1, 1)),
+      dynamic,
+    )
 
   def interact(self, x: Array, roi: Array) -> Array:
     """Dynamic convolution: two linear layers, made from the proposal, over the bins of its region."""
@@ -496,7 +515,14 @@ class ContextDecoder(nnx.Module):
   """Narrowing projection, learnt empty token, blocks over tokens and actors, a classifier after each block."""
 
   def __init__(
-    self, sizes: Variant, depth: int, num_classes: int, drop_path: float, *, dtype: jnp.dtype | None, rngs: nnx.Rngs
+    self,
+    sizes: Variant,
+    depth: int,
+    num_classes: int,
+    drop_path: float,
+    *,
+    dtype: jnp.dtype | None,
+    rngs: nnx.Rngs,
   ):
     dim = sizes.decoder_width
     self.proj = nnx.Linear(sizes.width, dim, use_bias=False, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
@@ -525,31 +551,6 @@ class ActionClassifier(nnx.Module):
 _XAVIER = nnx.initializers.xavier_uniform()
 
 
-def normalize(video: Array, video_size: Array, dtype: jnp.dtype | None) -> tuple[Array, Array]:
-  """Normalises a uint8 video (a floating-point one is taken as normalised) and zeroes its padding.
-
-  Returns:
-    Video ``[B, T, H, W, 3]``, and the mask ``[B, H, W]`` of pixels that are not padding.
-  """
-  video, size = jnp.asarray(video), jnp.asarray(video_size)
-  if video.dtype == jnp.uint8:
-    video = (video.astype(jnp.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
-  inside_y = jnp.arange(video.shape[2]) < size[:, :1]
-  inside_x = jnp.arange(video.shape[3]) < size[:, 1:]
-  mask = inside_y[:, :, None] & inside_x[:, None, :]
-  video = jnp.where(mask[:, None, :, :, None], video, 0)
-  return video if dtype is None else video.astype(dtype), mask
-
-
-def apply_deltas(boxes: Array, deltas: Array) -> Array:
-  """Moves and scales xyxy boxes (Faster R-CNN's coding, weights 2, 2, 1, 1, growth limited)."""
-  deltas = deltas.astype(boxes.dtype)
-  center, size = jnp.split(box_ops.xyxy_to_cxcywh(boxes), 2, axis=-1)
-  center = center + deltas[..., :2] / 2 * size
-  size = size * jnp.exp(jnp.minimum(deltas[..., 2:], math.log(100_000 / 16)))
-  return box_ops.cxcywh_to_xyxy(jnp.concatenate([center, size], -1))
-
-
 def extend_boxes(boxes: Array, extension: tuple[float, float], frame_size: Array) -> Array:
   """Grows xyxy pixel boxes by the given shares of width and height, then clips them to the frame."""
   margin = jnp.asarray(extension, boxes.dtype) * (boxes[..., 2:] - boxes[..., :2] + 1) / 2
@@ -563,39 +564,6 @@ def person_loss(logits: Array, person: Array, real: Array) -> Array:
   weight = jnp.where(person, 1.0, 0.1) * real
   entropy = -jnp.where(person, log_probability[..., 0], log_probability[..., 1])
   return (weight * entropy).sum() / jnp.maximum(weight.sum(), 1e-6)
-
-
-def dense_token_loss(dense: Array, frame_size: Array, batch: Batch, stride: int) -> Array:
-  """Person, box and action loss of every keyframe token on its own, to wake up a backbone that starts from scratch.
-
-  A token belongs to the smallest actor whose box holds its centre, and predicts the distances to that box's sides (as in
-  FCOS, Tian et al., ICCV 2019).
-
-  Args:
-    dense: ``[B, h, w, 1 + 4 + K]`` person logit, log distances in token strides, action logits.
-    frame_size: ``[B, 4]``.
-    batch: uses ``boxes``, ``labels``, ``box_mask`` and ``key``.
-    stride: pixels per token.
-  """
-  height, width = dense.shape[1:3]
-  rows, columns = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
-  center = jnp.stack([columns, rows], -1)[:, :, None] * stride  # [h, w, 1, 2]
-  targets = (jnp.asarray(batch["boxes"]) * frame_size[:, None])[:, None, None]  # [B, 1, 1, M, 4]
-  usable = jnp.asarray(batch["box_mask"]) & (jnp.asarray(batch["key"]) >= 0)[:, None]
-  inside = (center > targets[..., :2]).all(-1) & (center < targets[..., 2:]).all(-1) & usable[:, None, None]
-  area = jnp.where(inside, box_ops.area(targets), jnp.inf)
-  owner = jnp.argmin(area, -1)
-  person = inside.any(-1)
-  count = jnp.maximum(person.sum(), 1)
-
-  box = jnp.take_along_axis(targets, owner[..., None, None], axis=3)[..., 0, :]
-  labels = jnp.take_along_axis(jnp.asarray(batch["labels"])[:, None, None], owner[..., None, None], axis=3)[..., 0, :]
-  distance = jnp.exp(jnp.clip(dense[..., 1:5], -5, 5)) * stride
-  predicted = jnp.concatenate([center[:, :, 0] - distance[..., :2], center[:, :, 0] + distance[..., 2:]], -1)
-  loss_person = losses.focal_loss(dense[..., 0], person.astype(dense.dtype)).sum() / count
-  loss_box = losses.masked_sum(1 - box_ops.generalized_iou(predicted, box), person) / count
-  entropy = losses.binary_cross_entropy(dense[..., 5:], labels)
-  return loss_person + loss_box + losses.masked_sum(entropy.sum(-1), person) / count
 
 
 def _check(name: str, value: str, allowed: Any) -> None:
@@ -615,7 +583,10 @@ REFERENCE_NAMES = (
   (r"head\.(\d+)\.(dynamic_layer|out_layer)\.(.*)", r"det_head.s0_headseries.\1.inst_interact.\2.\3"),
   (r"head\.(\d+)\.dynamic_(norm\d)\.(.*)", r"det_head.s0_headseries.\1.inst_interact.\2.\3"),
   (r"head\.(\d+)\.person\.(\d)\.(.*)", r"det_head.s0_headseries.\1.cls_module.\2.\3"),
-  (r"head\.(\d+)\.box\.(\d)\.(.*)", lambda m: f"det_head.s0_headseries.{m[1]}.reg_module.{int(m[2]) // 2 * 3 + int(m[2]) % 2}.{m[3]}"),
+  (
+    r"head\.(\d+)\.box\.(\d)\.(.*)",
+    lambda m: f"det_head.s0_headseries.{m[1]}.reg_module.{int(m[2]) // 2 * 3 + int(m[2]) % 2}.{m[3]}",
+  ),
   (r"head\.(\d+)\.person_logits\.(.*)", r"det_head.s0_headseries.\1.class_logits.\2"),
   (r"head\.(\d+)\.box_deltas\.(.*)", r"det_head.s0_headseries.\1.bboxes_delta.\2"),
   (r"head\.(.*)", r"det_head.s0_headseries.\1"),

@@ -21,7 +21,8 @@ Method = Literal["device", "scipy"]
 def match(costs: Array, valid: Array, method: Method = "device") -> Array:
   """Assigns every valid actor to one prediction of its image, or as many as there are, at the least total cost.
 
-  NaN and infinite costs count as worse than any finite one; images without actors give an empty mask. No gradient flows.
+  NaN and infinite costs count as worse than any finite one; images without actors give an empty mask. No gradient
+  flows.
 
   Args:
     costs: ``[..., B, N, M]``.
@@ -78,7 +79,9 @@ def _solve_on_host(costs: Array) -> Array:
     return jax.pure_callback(_scipy_masks, shape, costs, vmap_method="expand_dims")
 
   def local(costs: Array) -> Array:
-    return jax.pure_callback(_scipy_masks, jax.ShapeDtypeStruct(costs.shape, np.bool_), costs, vmap_method="expand_dims")
+    return jax.pure_callback(
+      _scipy_masks, jax.ShapeDtypeStruct(costs.shape, np.bool_), costs, vmap_method="expand_dims"
+    )
 
   # Inside shard_map each device hands over its own images: nothing is gathered, within a host or across hosts.
   spec = jax.sharding.PartitionSpec(*([None] * (costs.ndim - 3)), axes)

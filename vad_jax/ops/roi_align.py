@@ -1,7 +1,8 @@
 """RoIAlign as interpolation matmuls.
 
-Bilinear sampling and the mean over the samples of a bin are both separable, so one box is two small matrices, ``[S, H]``
-and ``[S, W]``, applied to the rows and columns of the map. That is exact, needs no gather and runs on matrix units.
+Bilinear sampling and the mean over the samples of a bin are both separable, so one box is two small matrices,
+``[S, H]`` and ``[S, W]``, applied to the rows and columns of the map. That is exact, needs no gather and runs on
+matrix units.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ def pyramid_roi_align(
   pyramid: Sequence[Array],
   boxes: Array,
   *,
-  strides: Sequence[int],
+  strides: Sequence[float],
   canonical_size: float = 224.0,
   output_size: tuple[int, int] = (7, 7),
 ) -> tuple[Array, Array]:
