@@ -17,6 +17,9 @@ from tests import stand_in
 from vad_jax import checkpoint, models
 from vad_jax.checkpoint import CheckpointError, Checkpoints
 
+# What Orbax's event loop says after it met a damaged file.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +54,20 @@ def save(directory: Path, steps: list[int], **kwargs: Any) -> None:
     for step in steps:
       next(batches)
       checkpoints.save(make_state(step, **kwargs), batches, {**INFO, "step": step})
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A run with checkpoints of steps 1 and 2, to be copied."""
+  directory = tmp_path_factory.mktemp("run")
+  save(directory, [1, 2])
+  return directory
+
+
+@pytest.fixture
+def run(two_steps: Path, tmp_path: Path) -> Path:
+  """A copy of that run, to be spoilt."""
+  return shutil.copytree(two_steps, tmp_path / "run")
 
 
 @pytest.mark.parametrize("ema", [False, True])
@@ -96,11 +113,10 @@ def rename(state: Any) -> None:
     (lambda state: state.update(opt=()), "opt/1 is in the checkpoint and not in the model"),
   ],
 )
-def test_strict(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
-  save(tmp_path, [1])
+def test_strict(run: Path, change: Callable[[Any], Any], message: str) -> None:
   state = make_state(0)
   change(state)
-  with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=message):
+  with Checkpoints(run) as checkpoints, pytest.raises(CheckpointError, match=message):
     checkpoints.restore(abstract(state), stand_in.batches())
 
 
@@ -133,34 +149,31 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_last_checkpoint(tmp_path: Path, damage: Callable[[Path], Any], caplog: Any) -> None:
-  save(tmp_path, [1, 2])
-  damage(tmp_path / "last" / "2")
+def test_damaged_last_checkpoint(run: Path, damage: Callable[[Path], Any], caplog: Any) -> None:
+  damage(run / "last" / "2")
   batches = stand_in.batches()
-  with Checkpoints(tmp_path) as checkpoints:
+  with Checkpoints(run) as checkpoints:
     restored = checkpoints.restore(abstract(make_state(0)), batches)
     assert restored is not None
     assert_equal(restored[0], make_state(1))
     assert "last/2 is damaged" in caplog.text
     checkpoints.save(make_state(2), batches, {**INFO, "step": 2})
-  with Checkpoints(tmp_path) as checkpoints:
+  with Checkpoints(run) as checkpoints:
     restored = checkpoints.restore(abstract(make_state(0)), batches)
     assert restored is not None
     assert_equal(restored[0], make_state(2))
 
 
-def test_all_damaged(tmp_path: Path) -> None:
-  save(tmp_path, [1, 2])
+def test_all_damaged(run: Path) -> None:
   for step in ("1", "2"):
-    cut(tmp_path / "last" / step)
-  with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="no checkpoint is whole"):
+    cut(run / "last" / step)
+  with Checkpoints(run) as checkpoints, pytest.raises(CheckpointError, match="no checkpoint is whole"):
     checkpoints.restore(abstract(make_state(0)), stand_in.batches())
 
 
-def test_interrupted_save_is_ignored(tmp_path: Path) -> None:
-  save(tmp_path, [1])
-  shutil.copytree(tmp_path / "last" / "1", tmp_path / "last" / "2.orbax-checkpoint-tmp")
-  with Checkpoints(tmp_path) as checkpoints:
+def test_interrupted_save_is_ignored(run: Path) -> None:
+  (run / "last" / "2").rename(run / "last" / "2.orbax-checkpoint-tmp")
+  with Checkpoints(run) as checkpoints:
     restored = checkpoints.restore(abstract(make_state(0)), stand_in.batches())
   assert restored is not None
   assert int(restored[0]["step"]) == 1

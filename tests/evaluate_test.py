@@ -58,7 +58,7 @@ def test_scores_and_rows() -> None:
   truth = result.ground_truth
   assert truth.action.tolist() == [0, 1, 1, 1, 2, 3, 0, 1]
   assert truth.timestamp.tolist() == [0, 1, 2, 2, 2, 2, 3, 4]
-  # Each person gets the classes of the label map above the threshold, score times actor score; the stranger too.
+  # Each person, the stranger too, gets the classes of the label map, with the product of both scores.
   second = result.detections.select(result.detections.timestamp == 2)
   assert second.action.tolist() == [1, 1, 3, 1, 3]
   np.testing.assert_allclose(second.extra, [0.81, 0.72, 0.72, 0.285, 0.285], rtol=1e-6)

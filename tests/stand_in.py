@@ -1,4 +1,4 @@
-"""The smallest thing that keeps the contract of a system, and data for it: what the tests of the machinery run on.
+"""The smallest thing that keeps the contract of a system, and data for it; what tests of training run on.
 
 It is none of the library's models, which proves that training, evaluation and checkpoints name none.
 """

@@ -13,12 +13,40 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests import stand_in
 from vad_jax import optim, sharding, train
 from vad_jax.checkpoint import Checkpoints
 
+GROUPS = (("parts", 2.0),)
 SCHEDULE = optax.schedules.linear_schedule(1e-2, 1e-3, 12)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+  """Lets the many short runs share compiled programs."""
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+  """Six steps without a break: result, scalars and keys of the batches."""
+  spy = Spy(stand_in.batches())
+  result, scalars = run(tmp_path_factory.mktemp("straight"), 6, batches=spy)
+  return result, scalars, spy.keys
 
 
 def run(
@@ -49,7 +77,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 class Spy:
-  """Notes the keys of the batches that pass, and acts before one of them; saved and restored as what it wraps."""
+  """Notes the keys of the batches that pass, and acts before one of them; saved as what it wraps."""
 
   def __init__(self, batches: Iterator[Any], at: int = -1, act: Any = None):
     self.keys: list[list[int]] = []
@@ -64,16 +92,26 @@ class Spy:
     return batch
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.5])
-def test_resume_is_exact(tmp_path: Path, ema_decay: float | None) -> None:
-  straight, resumed = Spy(stand_in.batches()), Spy(stand_in.batches())
-  expected, scalars = run(tmp_path / "a", 6, batches=straight, ema_decay=ema_decay)
-  run(tmp_path / "b", 3, ema_decay=ema_decay)
-  actual, rest = run(tmp_path / "b", 6, batches=resumed, ema_decay=ema_decay)
+def test_resume_is_exact(straight: Any, tmp_path: Path) -> None:
+  expected, scalars, keys = straight
+  run(tmp_path, 3)
+  resumed = Spy(stand_in.batches())
+  actual, rest = run(tmp_path, 6, batches=resumed)
+  assert actual.steps == 3
   assert_equal(expected.state, actual.state)
-  assert straight.keys[3:] == resumed.keys
+  assert keys[3:] == resumed.keys
   assert rest[6]["train/loss"] == scalars[6]["train/loss"]
-  assert ("ema" in actual.state) == (ema_decay is not None)
+
+
+def test_average_of_parameters(tmp_path: Path) -> None:
+  run(tmp_path / "averaged", 2, ema_decay=0.5)
+  result, _ = run(tmp_path / "averaged", 3, ema_decay=0.5)
+  states = [run(tmp_path / "plain", step)[0].state for step in (1, 2, 3)]
+  assert_equal(result.state["params"], states[-1]["params"])
+  average = 0.0  # where this bias starts
+  for state in states:
+    average = 0.5 * average + 0.5 * state["params"]["embed"]["bias"]
+  np.testing.assert_allclose(result.state["ema"]["embed"]["bias"], average, rtol=1e-5)
 
 
 KILLED = """
@@ -82,35 +120,35 @@ from tests import conftest, train_test, stand_in
 from pathlib import Path
 def die(batch):
   os.kill(os.getpid(), 9)
-train_test.run(Path({workdir!r}), 8, batches=train_test.Spy(stand_in.batches(), at=5, act=die))
+train_test.run(Path({workdir!r}), 6, batches=train_test.Spy(stand_in.batches(), at=5, act=die))
 """
 
 
-def test_resume_after_sigkill(tmp_path: Path) -> None:
-  root = Path(__file__).parents[1]
+def test_resume_after_sigkill(straight: Any, tmp_path: Path) -> None:
   killed = subprocess.run(
-    [sys.executable, "-c", KILLED.format(workdir=str(tmp_path / "b"))],
-    cwd=root,
+    [sys.executable, "-c", KILLED.format(workdir=str(tmp_path))],
+    cwd=Path(__file__).parents[1],
+    env={**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""},
     capture_output=True,
     check=False,
   )
   assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
   spy = Spy(stand_in.batches())
-  actual, _ = run(tmp_path / "b", 8, batches=spy)
-  straight = Spy(stand_in.batches())
-  expected, _ = run(tmp_path / "a", 8, batches=straight)
-  assert 0 < actual.steps < 8
-  assert_equal(expected.state, actual.state)
-  assert straight.keys[-actual.steps :] == spy.keys
+  actual, _ = run(tmp_path, 6, batches=spy)
+  assert 0 < actual.steps < 6
+  assert_equal(straight[0].state, actual.state)
+  assert straight[2][-actual.steps :] == spy.keys
 
 
 @pytest.mark.parametrize(
   "mesh, strategy", [({"data": 8}, "replicate"), ({"fsdp": 8}, "fsdp"), ({"data": 4, "fsdp": 2}, "fsdp")]
 )
 @pytest.mark.parametrize("matcher", ["device", "scipy"])
-def test_eight_devices_equal_one(tmp_path: Path, mesh: Any, strategy: str, matcher: Any) -> None:
-  one, scalars_one = run(tmp_path / "one", 3, matcher=matcher)
-  many, scalars = run(tmp_path / "many", 3, matcher=matcher, devices=8, mesh=mesh, sharding=strategy)
+def test_eight_devices_equal_one(
+  straight: Any, tmp_path: Path, mesh: Any, strategy: str, matcher: Any
+) -> None:
+  one, scalars_one, _ = straight
+  many, scalars = run(tmp_path, 6, matcher=matcher, devices=8, mesh=mesh, sharding=strategy)
   kernel = many.state["params"]["hidden"]["kernel"]
   assert len(kernel.sharding.device_set) == 8
   assert kernel.is_fully_replicated == (strategy == "replicate")
@@ -135,24 +173,23 @@ def test_learns_and_writes(tmp_path: Path) -> None:
 
 def test_nan_stops_and_names_keys(tmp_path: Path) -> None:
   spy = Spy(stand_in.batches(), at=2, act=lambda batch: {**batch, "boxes": batch["boxes"] * np.nan})
-  with pytest.raises(train.NonFiniteError, match="step 3: .*loss_box") as error:
+  with pytest.raises(train.NonFiniteError, match=r"step 3: .*loss_box") as error:
     run(tmp_path, 8, batches=spy, log_every=4, save_every=4)
   assert str(spy.keys[2]) in str(error.value)
   assert not list((tmp_path / "last").iterdir())
 
 
 @pytest.mark.parametrize("number, reason", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "preempted")])
-def test_signal_saves_and_stops(tmp_path: Path, number: int, reason: str, capfd: Any) -> None:
+def test_signal_saves_and_stops(straight: Any, tmp_path: Path, number: int, reason: str, capfd: Any) -> None:
   before = signal.getsignal(number)
   spy = Spy(stand_in.batches(), at=2, act=lambda batch: os.kill(os.getpid(), number))
-  stopped, _ = run(tmp_path / "b", 6, batches=spy, save_every=100)
+  stopped, _ = run(tmp_path, 6, batches=spy, save_every=100)
   assert (stopped.stopped, stopped.steps) == (reason, 3)
   assert signal.getsignal(number) is before
   assert "saving" in capfd.readouterr().err
-  actual, _ = run(tmp_path / "b", 6)
-  expected, _ = run(tmp_path / "a", 6)
+  actual, _ = run(tmp_path, 6)
   assert actual.steps == 3
-  assert_equal(expected.state, actual.state)
+  assert_equal(straight[0].state, actual.state)
 
 
 def test_second_interrupt_aborts(tmp_path: Path) -> None:

@@ -37,16 +37,10 @@ from vad_jax.evaluate import Evaluation, evaluate
 from vad_jax.metrics.report import write_report
 from vad_jax.train import NonFiniteError, PredictFn, Result, make_predict, train
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, with arguments: configs/evad_vitb.py:tiny"
-)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with arguments: configs/evad_vitb.py:tiny")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go")
-_MODE = flags.DEFINE_enum(
-  "mode", "train_and_evaluate", ["train", "evaluate", "train_and_evaluate"], "What to do"
-)
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Join the other processes (jax.distributed.initialize)"
-)
+_MODE = flags.DEFINE_enum("mode", "train_and_evaluate", ["train", "evaluate", "train_and_evaluate"], "What to do")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes (jax.distributed.initialize)")
 
 # Keys that may change between the runs of a working directory: they have no effect on what is learnt.
 _FREE_KEYS = (
@@ -318,9 +312,7 @@ def _write_results(
   write_ava_csv(workdir / "detections.csv", evaluation.detections)
   source = _held_out_video(sets["val"])
   video = source and predict.predict_video(loaded, source, workdir / "videos").video
-  labels = sum(
-    (keyframe.labels.sum(0) for keyframe in sets["train"].keyframes), np.zeros(sets["train"].num_classes)
-  )
+  labels = sum((keyframe.labels.sum(0) for keyframe in sets["train"].keyframes), np.zeros(sets["train"].num_classes))
   numbers = {**numbers, "wall_seconds": time.perf_counter() - begun}
   write_report(
     workdir / "report.html",
@@ -338,7 +330,7 @@ def _write_results(
   table = rich.table.Table(title=f"{config.model.name} on {config.data.name}", show_header=False)
   for name, value in numbers.items():
     table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-  table.add_section()
+  rich.console.Console().print(table)
   for name, path in {
     "checkpoints": workdir / "checkpoints",
     "report": workdir / "report.html",
@@ -347,8 +339,7 @@ def _write_results(
     "numbers": workdir / "metrics.json",
     "TensorBoard": f"tensorboard --logdir {workdir / 'logs'}",
   }.items():
-    table.add_row(name, str(path))
-  rich.console.Console().print(table)
+    print(f"{name:>15}: {path}")  # not in the table, which would cut long ones
 
 
 def _held_out_video(dataset: KeyframeDataset) -> Path | None:
@@ -370,9 +361,7 @@ def _examples(
     frame = visualize.upscale(dataset.frames.frames(keyframe.video, [keyframe.timestamp])[0])
     names = [[label_map[k + 1] for k in np.flatnonzero(labels)] for labels in keyframe.labels]
     truth = visualize.draw_detections(frame, keyframe.boxes, names)
-    found = visualize.draw_detections(
-      frame, *_confident(evaluation, keyframe.video, keyframe.timestamp, label_map)
-    )
+    found = visualize.draw_detections(frame, *_confident(evaluation, keyframe.video, keyframe.timestamp, label_map))
     pictures.append((f"{keyframe.video} at {keyframe.timestamp:g} s", visualize.side_by_side(truth, found)))
   return pictures
 

@@ -1,0 +1,148 @@
+"""The command line from end to end with a stand-in system on a few rendered videos."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from absl.testing import flagsaver
+from ml_collections import ConfigDict
+
+from configs import quickstart
+from tests import stand_in
+from vad_jax import annotations, checkpoint, main, models, sharding, train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+  """One device, as most users have, and a system that compiles in a moment."""
+  monkeypatch.setitem(models.MODELS, "stand_in", stand_in.StandIn)
+  one = jax.devices()[:1]
+  make_mesh = sharding.make_mesh
+  monkeypatch.setattr(sharding, "make_mesh", lambda shape: make_mesh(shape, one))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def config(root: Path) -> ConfigDict:
+  config = quickstart.get_config("tiny")
+  config.data.root = str(root)
+  config.data.num_train, config.data.num_val = 2, 1
+  config.model = ConfigDict({"name": "stand_in", "width": 8})
+  return config
+
+
+def run(config: ConfigDict, workdir: Path, mode: str = "train_and_evaluate") -> str:
+  return main.run(config, workdir, mode, time.perf_counter())
+
+
+def test_train_and_evaluate(config: ConfigDict, tmp_path: Path, capsys: Any) -> None:
+  workdir = tmp_path / "runs" / "first"
+  assert run(config, workdir) == ""
+  numbers = json.loads((workdir / "metrics.json").read_text())
+  assert {"frame_map_50", "person_ap_50", "wall_seconds", "compile_seconds", "steps_per_second", "ap"} <= set(numbers)
+  assert numbers["step"] == 4
+  assert 0 <= numbers["frame_map_50"] <= 1
+  page = (workdir / "report.html").read_text()
+  assert page.count("data:image/jpeg") >= 2
+  assert "data:video/mp4" in page
+  assert len(annotations.read_ava_csv(workdir / "detections.csv").action) > 0
+  assert list((workdir / "videos").glob("*.mp4"))
+  assert list((workdir / "logs").iterdir())
+  assert f"report: {workdir / 'report.html'}\n" in capsys.readouterr().out
+  assert checkpoint.load_model(workdir).info["clip"] == config.clip.to_dict()
+
+  before = (workdir / "checkpoints" / "last").stat().st_mtime_ns
+  assert run(config, workdir) == ""  # has come to its end: is evaluated again, and nothing is trained
+  assert (workdir / "checkpoints" / "last").stat().st_mtime_ns == before
+  again = json.loads((workdir / "metrics.json").read_text())
+  assert again["frame_map_50"] == numbers["frame_map_50"]
+
+  config.eval.score = "action"
+  assert run(config, workdir, "evaluate") == ""
+
+  config.batch_size, config.augment.flip = 1, 0.25
+  with pytest.raises(ValueError, match=r"augment.flip \(0.5 before, 0.25 now\); batch_size \(2 before, 1 now\)"):
+    run(config, workdir)
+
+
+def test_train_alone_does_not_evaluate(config: ConfigDict, tmp_path: Path) -> None:
+  assert run(config, tmp_path, "train") == ""
+  assert not (tmp_path / "checkpoints" / "best").exists()
+  assert not (tmp_path / "metrics.json").exists()
+
+
+def test_nothing_to_evaluate(config: ConfigDict, tmp_path: Path) -> None:
+  with pytest.raises(FileNotFoundError, match="holds no checkpoints to evaluate; train first"):
+    run(config, tmp_path / "typo", "evaluate")
+  assert not (tmp_path / "typo").exists()
+
+
+def test_unwritable_workdir(config: ConfigDict, tmp_path: Path) -> None:
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError, match=r"workdir .*file/run cannot be written: Not a directory"):
+    run(config, tmp_path / "file" / "run")
+
+
+def test_failed_start_leaves_the_workdir_free(config: ConfigDict, tmp_path: Path) -> None:
+  config.data.name = "ava"
+  with pytest.raises(ValueError, match="unknown data set 'ava'"):
+    run(config, tmp_path)
+  config.data.name = "synthetic"
+  assert run(config, tmp_path, "train") == ""
+
+
+def fails(error: BaseException) -> Any:
+  def run(*_: Any) -> str:
+    raise error
+
+  return run
+
+
+@pytest.mark.parametrize(
+  "run, code, message",
+  [
+    (lambda *_: "", 0, ""),
+    (lambda *_: "interrupted", 130, "interrupted: all is saved; the same command goes on from here"),
+    (lambda *_: "preempted", 0, "preempted: all is saved"),
+    (fails(KeyboardInterrupt()), 130, "aborted; "),
+    (fails(checkpoint.CheckpointError("a\n  b")), 1, "error: a b (--v=1 shows where)"),
+    (fails(train.NonFiniteError("step 3")), 1, "error: step 3"),
+    (fails(OSError(28, "No space left on device")), 1, "error: [Errno 28] No space left on device"),
+  ],
+)
+def test_exit_codes(run: Any, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+  monkeypatch.setattr(main, "run", run)
+  with flagsaver.flagsaver(workdir="unused", config=str(ROOT / "configs" / "quickstart.py")):
+    assert main.main(["main"]) == code
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    (["--config=configs/quickstart.py", "--config.batchsize=3"], 'Did you mean "batch_size"'),
+    (["--config=configs/quickstart.py:small"], "config argument 'small' is not known; known: tiny"),
+    (["--config=configs/quickstart.py", "--mode=trian"], "--mode=trian: value should be one of <train|"),
+    (["--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
+  ],
+)
+def test_bad_command_lines(args: list[str], message: str, tmp_path: Path) -> None:
+  command = [sys.executable, "-m", "vad_jax.main", f"--workdir={tmp_path}", *args]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert result.returncode == 1
+  assert message in result.stderr
+  assert result.stderr.startswith("error: ")
+  assert result.stderr.count("\n") == 1
