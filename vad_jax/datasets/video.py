@@ -355,6 +355,7 @@ class VideoWriter:
       raise VideoError(f"{path}: cannot be written ({error.strerror})") from None
     self._pts = -1
     self._audio = None
+    self._reformatter = av.video.reformatter.VideoReformatter()
     try:
       self._start(Fraction(fps).limit_denominator(1001))
       if audio_from is not None:
@@ -387,9 +388,10 @@ class VideoWriter:
     if pts <= self._pts:
       raise ValueError(f"{self.path}: frame times must grow; got {time} s")
     self._pts = pts
-    frame = np.pad(frame, [(0, self.size[0] % 2), (0, self.size[1] % 2), (0, 0)], mode="edge")
+    if self.size[0] % 2 or self.size[1] % 2:
+      frame = np.pad(frame, [(0, self.size[0] % 2), (0, self.size[1] % 2), (0, 0)], mode="edge")
     picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-    picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+    picture = self._reformatter.reformat(picture, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
     picture.pts, picture.time_base, picture.duration = pts, self._time_base, self._ticks
     self._container.mux(self._stream.encode(picture))
     if self._audio:
@@ -398,7 +400,9 @@ class VideoWriter:
   def _start(self, rate: Fraction) -> None:
     self._ticks = math.ceil(90_000 / rate.numerator) * rate.denominator  # in one frame
     self._time_base = 1 / (rate * self._ticks)
-    stream = self._container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
+    # x264's macroblock tree makes the same frames give different files now and then.
+    options = {"crf": "20", "preset": "veryfast", "mbtree": "0"}
+    stream = self._container.add_stream("libx264", rate=rate, options=options)
     stream.height, stream.width = (side + side % 2 for side in self.size)
     stream.pix_fmt = "yuv420p"
     context = stream.codec_context
