@@ -5,8 +5,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+Config = Any  # a ConfigDict, whose attributes a type checker cannot know
 
-def base() -> ConfigDict:
+
+def base() -> Config:
   """All keys that exist. The result is locked: setting one that does not exist is an error."""
   config = ConfigDict()
   config.seed = 0
@@ -38,15 +40,13 @@ def base() -> ConfigDict:
   config.sharding = "replicate"  # or "fsdp"
 
   # score: "product" of actor and action, or "action" alone; persons below actor_threshold say nothing then.
-  config.eval = ConfigDict(
-    {"every_epochs": 1.0, "score": "product", "actor_threshold": 0.0, "score_threshold": 0.0}
-  )
+  config.eval = ConfigDict({"every_epochs": 1.0, "score": "product", "actor_threshold": 0.0, "score_threshold": 0.0})
   config.log = ConfigDict({"every_steps": 50})
   config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2})
   return config.lock()
 
 
-def parse_arg(arg: str | None, **known: Any) -> ConfigDict:
+def parse_arg(arg: str | None, **known: Any) -> Config:
   """Reads the part of ``--config file.py:tiny,keep_rate=0.6`` behind the colon.
 
   Args:

@@ -27,7 +27,7 @@ ABLATIONS = {
 }
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> common.Config:
   """Arguments: ``keep_rate``, ``short_side``, ``ablation`` (one of ``ABLATIONS``), ``tiny``."""
   options = common.parse_arg(arg, keep_rate=0.7, short_side=288, ablation="none", tiny=False)
   if options.ablation not in ABLATIONS:
@@ -62,9 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "warmup_learning_rate": 2.5e-6,
     }
   )
-  config.eval = ConfigDict(
-    {"every_epochs": 1.0, "score": "action", "actor_threshold": 0.7, "score_threshold": 0.0}
-  )
+  config.eval = ConfigDict({"every_epochs": 1.0, "score": "action", "actor_threshold": 0.7, "score_threshold": 0.0})
   if options.tiny:
     config.model.variant = "tiny"
     config.num_steps = 4

@@ -6,12 +6,10 @@ Arguments as in ``evad_vitb.py``. The code differs from the paper: 1e-5 as the l
 and 6 as the weight of the action loss.
 """
 
-from ml_collections import ConfigDict
-
-from configs import evad_vitb
+from configs import common, evad_vitb
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> common.Config:
   """Arguments as in ``evad_vitb.py``."""
   config = evad_vitb.get_config(arg)
   config.batch_size = min(config.batch_size, 8)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> common.Config:
   """Arguments: ``tiny``, which shows that everything runs, and learns nothing."""
   options = common.parse_arg(arg, tiny=False)
   config = common.base()

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,8 +68,8 @@ class Checkpoints:
   def __init__(self, directory: PathLike, *, keep: int = 2):
     self._directory = Path(directory).absolute()
     self._last = ocp.training.Checkpointer(
-      self._directory / "last",
-      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      str(self._directory / "last"),
+      preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(keep)),
       cleanup_tmp_directories=True,
     )
 
@@ -130,9 +130,7 @@ class Checkpoints:
         continue
       return {**loaded["training"], **loaded["weights"], **loaded.get("ema", {})}, info
     if steps:
-      raise CheckpointError(
-        f"{steps[0].parent}: no checkpoint is whole; remove the directory to train from the start"
-      )
+      raise CheckpointError(f"{steps[0].parent}: no checkpoint is whole; remove the directory to train from the start")
     return None
 
   def wait(self) -> None:
@@ -153,7 +151,7 @@ def save_inference(directory: PathLike, params: Any, rest: Any, info: Info, dtyp
   if dtype is not None:
     params = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
   items = {"weights": {"params": params, "rest": rest}}
-  ocp.save_checkpointables(Path(directory).absolute(), items, overwrite=True, custom_metadata=_to_json(info))
+  ocp.save_checkpointables(str(Path(directory).absolute()), items, overwrite=True, custom_metadata=_to_json(info))
 
 
 def load_model(directory_or_name: PathLike) -> Loaded:
@@ -210,7 +208,7 @@ def _load(path: Path, items: dict[str, Any]) -> dict[str, Any]:
     more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
     raise CheckpointError(f"checkpoint {path} does not fit: {'; '.join(faults[:20])}{more}")
   try:
-    return ocp.load_checkpointables(path, items)
+    return ocp.load_checkpointables(str(path), items)
   except Exception as error:  # whatever Orbax and its storage throw at a damaged file
     raise _damaged(path, error) from error
 
@@ -218,7 +216,7 @@ def _load(path: Path, items: dict[str, Any]) -> dict[str, Any]:
 def _saved_arrays(path: Path, name: str) -> dict[str, Any]:
   """Shapes and types of the arrays of one part, by name."""
   try:
-    saved = ocp.metadata(path, checkpointable_name=name).metadata
+    saved = ocp.metadata(str(path), checkpointable_name=name).metadata
   except Exception as error:
     raise _damaged(path, error) from error
   if saved is None:
@@ -246,23 +244,15 @@ def _steps(directory: Path) -> list[Path]:
   """Complete checkpoints of a directory, oldest first."""
   if not directory.is_dir():
     return []
-  return sorted(
-    (path for path in directory.iterdir() if path.name.isdigit()), key=lambda path: int(path.name)
-  )
+  return sorted((path for path in directory.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
 
 
 def _find(directory_or_name: PathLike) -> Path:
   path = Path(directory_or_name).absolute()
-  if (
-    not path.exists()
-    and len(Path(directory_or_name).parts) == 1
-    and (PRETRAINED / directory_or_name).exists()
-  ):
+  if not path.exists() and len(Path(directory_or_name).parts) == 1 and (PRETRAINED / directory_or_name).exists():
     return PRETRAINED / directory_or_name
   if not path.exists():
-    shipped = (
-      sorted(entry.name for entry in PRETRAINED.iterdir() if entry.is_dir()) if PRETRAINED.exists() else []
-    )
+    shipped = sorted(entry.name for entry in PRETRAINED.iterdir() if entry.is_dir()) if PRETRAINED.exists() else []
     names = f"; names that ship with the library: {', '.join(shipped)}" if shipped else ""
     raise CheckpointError(f"{path}: no such checkpoint{names}")
   if (path / "weights").exists():
@@ -270,9 +260,7 @@ def _find(directory_or_name: PathLike) -> Path:
   for kind in ("checkpoints/best", "checkpoints/last", "best", "last", "."):
     if steps := _steps(path / kind):
       return steps[-1]
-  raise CheckpointError(
-    f"{path}: holds no checkpoint; give a run's working directory or one of its checkpoints"
-  )
+  raise CheckpointError(f"{path}: holds no checkpoint; give a run's working directory or one of its checkpoints")
 
 
 def _to_json(info: Info) -> Info:
@@ -281,7 +269,7 @@ def _to_json(info: Info) -> Info:
 
 def _read_info(path: Path) -> Info:
   try:
-    info = ocp.metadata(path, checkpointable_name="weights").custom_metadata
+    info: Any = ocp.metadata(str(path), checkpointable_name="weights").custom_metadata
     return {**info, "label_map": {int(index): name for index, name in info["label_map"].items()}}
   except Exception as error:
     raise _damaged(path, error) from error

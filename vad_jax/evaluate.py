@@ -89,10 +89,8 @@ def evaluate(
         if keys[row] in found:
           raise ValueError(f"evaluation: keyframe {keys[row]} came twice")
         valid = out.valid[row]
-        found[int(keys[row])] = tuple(
-          np.asarray(values[row][valid], np.float64)
-          for values in (out.boxes, out.actor_score, out.action_score)
-        )
+        boxes, actor, action = (np.asarray(values[row][valid], np.float64) for values in out[:3])
+        found[int(keys[row])] = boxes, actor, action
       advance(len(rows))
   if len(found) != len(dataset):
     raise ValueError(f"evaluation: {len(found)} of {len(dataset)} keyframes came")

@@ -26,7 +26,7 @@ import rich.table
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from vad_jax import checkpoint, datasets, models, optim, predict, sharding, visualize
 from vad_jax.annotations import Rows, write_ava_csv
@@ -36,6 +36,8 @@ from vad_jax.datasets.video import video_files
 from vad_jax.evaluate import Evaluation, evaluate
 from vad_jax.metrics.report import write_report
 from vad_jax.train import NonFiniteError, PredictFn, Result, make_predict, train
+
+Config = Any  # an ml_collections.ConfigDict, whose attributes a type checker cannot know
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with arguments: configs/evad_vitb.py:tiny")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go")
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> int:
   try:
     if _DISTRIBUTED.value:
       jax.distributed.initialize()
-    stopped = run(_CONFIG.value, Path(_WORKDIR.value), _MODE.value, begun)
+    stopped = run(_CONFIG.value, Path(str(_WORKDIR.value)), _MODE.value, begun)
   except KeyboardInterrupt:
     print("aborted; a run goes on from its last checkpoint when it is started again", file=sys.stderr)
     return 130
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> int:
   return 130 if stopped == "interrupted" else 0
 
 
-def run(config: ConfigDict, workdir: Path, mode: str, begun: float) -> str:
+def run(config: Config, workdir: Path, mode: str, begun: float) -> str:
   """Does what the mode says; returns why training was stopped early, if it was.
 
   Args:
@@ -131,7 +133,7 @@ def run(config: ConfigDict, workdir: Path, mode: str, begun: float) -> str:
   return ""
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
+def _claim(workdir: Path, config: Config) -> None:
   """Makes the working directory and notes the config in it, or checks that it is the one that was noted.
 
   Raises:
@@ -169,7 +171,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _load_data(config: ConfigDict) -> dict[str, KeyframeDataset]:
+def _load_data(config: Config) -> dict[str, KeyframeDataset]:
   """Opens the data set; the first process prepares what is missing, the others wait for it."""
   kwargs = config.data.to_dict()
   load = functools.partial(
@@ -181,7 +183,7 @@ def _load_data(config: ConfigDict) -> dict[str, KeyframeDataset]:
 
 
 def _train(
-  config: ConfigDict,
+  config: Config,
   workdir: Path,
   mesh: Mesh,
   local_batch: int,
@@ -239,7 +241,7 @@ def _train(
     )
 
 
-def _loading(config: ConfigDict) -> dict[str, Any]:
+def _loading(config: Config) -> dict[str, Any]:
   """Arguments that training and evaluation batches share."""
   return {
     "canvas": tuple(config.canvas),
@@ -252,7 +254,7 @@ def _loading(config: ConfigDict) -> dict[str, Any]:
 
 
 def _evaluate(
-  config: ConfigDict,
+  config: Config,
   mesh: Mesh,
   local_batch: int,
   dataset: KeyframeDataset,
@@ -300,7 +302,7 @@ def _peak_memory() -> float:
 
 def _write_results(
   workdir: Path,
-  config: ConfigDict,
+  config: Config,
   loaded: checkpoint.Loaded,
   sets: dict[str, KeyframeDataset],
   evaluation: Evaluation,
@@ -344,7 +346,8 @@ def _write_results(
 
 def _held_out_video(dataset: KeyframeDataset) -> Path | None:
   """The video file of the first keyframe, beside the folder that its frames are read from."""
-  for parent in dataset.frames.directory.absolute().parents:
+  frames: Any = dataset.frames
+  for parent in frames.directory.absolute().parents:
     if (parent / "videos" / "val").is_dir():
       return video_files(parent / "videos" / "val").get(dataset.keyframes[0].video)
   return None
@@ -355,11 +358,12 @@ def _examples(
 ) -> list[tuple[str, np.ndarray]]:
   """Some keyframes with people, annotated and detected boxes drawn side by side."""
   peopled = [index for index, keyframe in enumerate(dataset.keyframes) if len(keyframe.boxes)]
-  chosen = np.unique(np.linspace(0, len(peopled) - 1, _NUM_EXAMPLES).astype(int)) if peopled else []
+  step = max(len(peopled) / _NUM_EXAMPLES, 1)
+  chosen = [peopled[int(index * step)] for index in range(min(len(peopled), _NUM_EXAMPLES))]
   pictures = []
-  for keyframe in (dataset.keyframes[peopled[int(index)]] for index in chosen):
+  for keyframe in (dataset.keyframes[index] for index in chosen):
     frame = visualize.upscale(dataset.frames.frames(keyframe.video, [keyframe.timestamp])[0])
-    names = [[label_map[k + 1] for k in np.flatnonzero(labels)] for labels in keyframe.labels]
+    names = [[name for k, name in label_map.items() if labels[k - 1]] for labels in keyframe.labels]
     truth = visualize.draw_detections(frame, keyframe.boxes, names)
     found = visualize.draw_detections(frame, *_confident(evaluation, keyframe.video, keyframe.timestamp, label_map))
     pictures.append((f"{keyframe.video} at {keyframe.timestamp:g} s", visualize.side_by_side(truth, found)))

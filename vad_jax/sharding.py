@@ -17,7 +17,7 @@ STRATEGIES = ("replicate", "fsdp")
 MIN_FSDP_SIZE = 2**16  # elements; splitting smaller arrays costs more in latency than it saves in memory
 
 
-def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
   """Lays devices out on the axes ``("data", "fsdp")``.
 
   Args:
@@ -36,9 +36,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   if -1 in sizes:
     sizes[sizes.index(-1)] = max(len(devices) // -int(np.prod(sizes)), 1)
   if np.prod(sizes) != len(devices):
-    raise ValueError(
-      f"mesh {dict(shape)} does not fit {len(devices)} devices: the product of its sizes must be that"
-    )
+    raise ValueError(f"mesh {dict(shape)} does not fit {len(devices)} devices: the product of its sizes must be that")
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
