@@ -19,9 +19,11 @@ Where paper and official code differ, the default follows the code, so that its 
   by that of the person; persons below 0.7 are dropped unless that leaves nobody (see ``evaluate``).
 * "3D RoIAlign" is RoIAlign of each time slice, the maximum over the bins, the mean over time.
 
-Padded pixels take part in attention, as in the code; ``mask_padding=True`` keeps them out. Ours alone, and off by
-default: ``stem="convolution"`` and ``dense_loss``, which let a small model learn from scratch (the paper always starts
-from VideoMAE weights), and neither of which changes how boxes and actions are computed from tokens.
+Padded pixels take part in attention, as in the code; ``mask_padding=True`` keeps them out.
+
+The paper always starts from VideoMAE weights. Ours alone is what lets the small variants learn from nothing
+(``Variant.from_scratch``): a stem of convolutions, initial boxes spread over the frame, rare actors and actions assumed
+at first, and a training loss that asks every keyframe token for its actor. How tokens become detections is the same.
 """
 
 import math
@@ -62,6 +64,7 @@ class Variant(NamedTuple):
   classifier_width: int = 2048
   num_queries: int = 100
   canonical_size: float = 224.0  # side in pixels of a box that is pooled from the map of the ViT's own stride
+  from_scratch: bool = False  # see the module's docstring
 
 
 VARIANTS = {
@@ -69,7 +72,7 @@ VARIANTS = {
   "vit_b": Variant(768, 12, 12, (3, 6, 9), (2, 5, 8, 11), 384, 6, 6),
   "vit_l": Variant(1024, 24, 16, (6, 12, 18), (5, 11, 17, 23), 512, 8, 12),
   "tiny": Variant(96, 8, 3, (2, 4, 6), (1, 3, 5, 7), 48, 3, 2, 4, 256, 128, 2, 16, 64, 20),
-  "quickstart": Variant(128, 4, 4, (2,), (0, 1, 2, 3), 128, 4, 2, 6, 96, 192, 2, 16, 128, 10, 64.0),
+  "quickstart": Variant(128, 4, 4, (2,), (0, 1, 2, 3), 128, 4, 2, 6, 96, 192, 2, 16, 128, 10, 64.0, from_scratch=True),
 }
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of RGB in [0, 1], all channels
@@ -94,8 +97,6 @@ class EVAD(nnx.Module):
     num_queries: int | None = None,
     drop_path: float = 0.1,
     mask_padding: bool = False,
-    stem: Literal["patch", "convolution"] = "patch",
-    dense_loss: float = 0.0,
     action_loss: float = 12.0,
     remat: bool = False,
     dtype: str = "float32",
@@ -119,8 +120,6 @@ class EVAD(nnx.Module):
       num_queries: ``N``, number of learnt proposals; None takes the variant's.
       drop_path: stochastic depth of the last block, in encoder and decoder.
       mask_padding: keep padded tokens out of attention and pruning.
-      stem: see ``backbones.vit``.
-      dense_loss: weight of a loss on boxes and actions predicted straight from keyframe tokens, in training only.
       action_loss: weight of the action loss: 12; the published ViT-L took 6.
       remat: recompute blocks in the backward pass instead of storing their activations.
       dtype: computation type, "float32" or "bfloat16"; parameters, norms' statistics and losses stay float32.
@@ -143,25 +142,25 @@ class EVAD(nnx.Module):
     self.pruning, self.keyframe_weight = pruning, keyframe_weight
     self.token_order, self.decoder_tokens = token_order, decoder_tokens
     self.roi_extension, self.mask_padding, self.remat = roi_extension, mask_padding, remat
-    self.compute_dtype, self.dense_loss, self.action_loss = compute, dense_loss, action_loss
+    self.compute_dtype, self.action_loss = compute, action_loss
 
     self.backbone = vit.ViT(
       width=sizes.width,
       depth=sizes.depth,
       heads=sizes.heads,
       trained_side=sizes.trained_side,
-      stem=stem,
+      stem="convolution" if sizes.from_scratch else "patch",
       drop_path=drop_path,
       dtype=compute,
       rngs=rngs,
     )
     self.fpn = FeaturePyramid(sizes.width, sizes.head_width, dtype=compute, rngs=rngs)
-    self.proposals = Proposals(num_queries or sizes.num_queries, sizes.head_width, rngs=rngs)
+    self.proposals = Proposals(num_queries or sizes.num_queries, sizes, rngs=rngs)
     self.head = nnx.List([LocalisationLayer(sizes, dtype=compute, rngs=rngs) for _ in range(sizes.head_layers)])
     depth = sizes.decoder_depth if decoder_depth is None else decoder_depth
     self.decoder = ContextDecoder(sizes, depth, num_classes, drop_path, dtype=compute, rngs=rngs)
-    if dense_loss:
-      self.dense = nnx.Linear(sizes.width, 5 + num_classes, rngs=rngs)
+    if sizes.from_scratch:
+      self.dense = nnx.Linear(sizes.width, 5 + num_classes, bias_init=_dense_bias, rngs=rngs)
 
   def __call__(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> dict[str, Any]:
     """Runs the network.
@@ -190,7 +189,7 @@ class EVAD(nnx.Module):
     out["fpn"] = self.fpn(maps)
     boxes = self.localise(out["fpn"], frame_size, out)
     self.classify(tokens, places, boxes, rngs, out)
-    if self.dense_loss:
+    if self.sizes.from_scratch:
       out["dense"] = self.dense(maps[-1])
     return out
 
@@ -245,19 +244,9 @@ class EVAD(nnx.Module):
     layers = []
     for layer in self.head:
       roi, level = pyramid_roi_align(pyramid, boxes, strides=strides, canonical_size=self.sizes.canonical_size)
-      features, logits, refined, dynamic = layer(features, roi, jax.lax.stop_gradient(boxes) if layers else boxes)
-      layers.append(
-        dict(
-          boxes_in=boxes,
-          level=level,
-          roi=roi,
-          dynamic=dynamic,
-          feature=features,
-          logits=logits,
-          boxes=refined,
-        )
-      )
-      boxes = refined
+      found = layer(features, roi, jax.lax.stop_gradient(boxes) if layers else boxes)
+      layers.append({**found, "boxes_in": boxes, "level": level, "roi": roi})
+      features, boxes = found["feature"], found["boxes"]
     out["head"] = layers
     out["boxes"] = jnp.stack([layer["boxes"] for layer in layers])
     out["person_logits"] = jnp.stack([layer["logits"] for layer in layers])
@@ -337,11 +326,10 @@ class EVAD(nnx.Module):
       mean = losses.masked_sum(entropy, matched[..., None]) / (jnp.maximum(matched.sum(), 1) * self.num_classes)
       terms["loss_action" + ("" if layer == last else f"_{layer}")] = self.action_loss * mean
     total = sum(terms.values()) / len(terms)
-    if self.dense_loss:
-      dense = losses.dense_detection_loss(
+    if self.sizes.from_scratch:
+      terms["loss_dense"] = losses.dense_detection_loss(
         out["dense"], targets * out["frame_size"][:, None], labels, actors, stride=self.backbone.patch[1]
       )
-      terms["loss_dense"] = self.dense_loss * dense
       total = total + terms["loss_dense"]
     return jnp.asarray(total), terms
 
@@ -442,11 +430,16 @@ def keyframe_back(x: Array, grid: tuple[int, int, int]) -> Array:
 
 
 class Proposals(nnx.Module):
-  """Learnt boxes (normalised cxcywh, the whole frame at first) and features."""
+  """Learnt boxes (normalised cxcywh) and features. Boxes start as the whole frame, or spread over it in two sizes."""
 
-  def __init__(self, count: int, dim: int, *, rngs: nnx.Rngs):
-    self.boxes = nnx.Param(jnp.tile(jnp.array([0.5, 0.5, 1.0, 1.0]), (count, 1)))
-    self.features = nnx.Param(rngs.params.normal((count, dim)))
+  def __init__(self, count: int, sizes: Variant, *, rngs: nnx.Rngs):
+    boxes = np.tile([0.5, 0.5, 1.0, 1.0], (count, 1))
+    if sizes.from_scratch:
+      place = (np.arange(count) // 2 + 0.5) / ((count + 1) // 2)
+      size = np.where(np.arange(count)[:, None] % 2, [0.4, 0.8], [0.25, 0.6])
+      boxes = np.concatenate([place[:, None], np.full((count, 1), 0.55), size], axis=1)
+    self.boxes = nnx.Param(jnp.asarray(boxes, jnp.float32))
+    self.features = nnx.Param(rngs.params.normal((count, sizes.head_width)))
 
 
 class LocalisationLayer(nnx.Module):
@@ -472,7 +465,7 @@ class LocalisationLayer(nnx.Module):
     self.box = nnx.List([part for _ in range(3) for part in (linear(dim, dim, use_bias=False), norm(dim))])
     self.box_deltas = linear(dim, 4)
 
-  def __call__(self, x: Array, roi: Array, boxes: Array) -> tuple[Array, Array, Array, Array]:
+  def __call__(self, x: Array, roi: Array, boxes: Array) -> dict[str, Array]:
     """One refinement.
 
     Args:
@@ -481,7 +474,7 @@ class LocalisationLayer(nnx.Module):
       boxes: ``[B, N, 4]`` xyxy in input pixels.
 
     Returns:
-      New features, person logits ``[B, N, 2]`` (person first), new boxes, and what the region told.
+      New ``feature``, person ``logits`` ``[B, N, 2]`` (person first), new ``boxes``; ``dynamic``, what the region told.
     """
     x = self.norm1(x + self.self_attn(x)[0])
     dynamic = self.interact(x, roi)
@@ -492,12 +485,8 @@ class LocalisationLayer(nnx.Module):
       person = jax.nn.relu(norm(linear(person)))
     for linear, norm in zip(self.box[::2], self.box[1::2], strict=True):
       box = jax.nn.relu(norm(linear(box)))
-    return (
-      x,
-      self.person_logits(person),
-      box_ops.apply_deltas(boxes, self.box_deltas(box), weights=(2, 2, 1, 1)),
-      dynamic,
-    )
+    boxes = box_ops.apply_deltas(boxes, self.box_deltas(box), weights=(2, 2, 1, 1))
+    return {"dynamic": dynamic, "feature": x, "logits": self.person_logits(person), "boxes": boxes}
 
   def interact(self, x: Array, roi: Array) -> Array:
     """Dynamic convolution: two linear layers, made from the proposal, over the bins of its region."""
@@ -532,23 +521,33 @@ class ContextDecoder(nnx.Module):
       [Block(dim, sizes.decoder_heads, drop_path=float(rate), dtype=dtype, rngs=rngs) for rate in rates]
     )
     self.classifiers = nnx.List(
-      [ActionClassifier(dim, sizes.classifier_width, num_classes, dtype=dtype, rngs=rngs) for _ in range(max(depth, 1))]
+      [ActionClassifier(sizes, num_classes, dtype=dtype, rngs=rngs) for _ in range(max(depth, 1))]
     )
 
 
 class ActionClassifier(nnx.Module):
   """Linear, LayerNorm, ReLU, Linear: ``[..., D]`` to ``[..., K]``."""
 
-  def __init__(self, dim: int, hidden: int, num_classes: int, *, dtype: jnp.dtype | None, rngs: nnx.Rngs):
+  def __init__(self, sizes: Variant, num_classes: int, *, dtype: jnp.dtype | None, rngs: nnx.Rngs):
+    dim, hidden = sizes.decoder_width, sizes.classifier_width
+    bias = nnx.initializers.constant(_RARE if sizes.from_scratch else 0.0)
     self.hidden = nnx.Linear(dim, hidden, use_bias=False, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
     self.norm = nnx.LayerNorm(hidden, epsilon=1e-5, dtype=dtype, rngs=rngs)
-    self.logits = nnx.Linear(hidden, num_classes, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
+    self.logits = nnx.Linear(hidden, num_classes, kernel_init=_XAVIER, bias_init=bias, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Array) -> Array:
+    """Action logits."""
     return self.logits(jax.nn.relu(self.norm(self.hidden(x))))
 
 
 _XAVIER = nnx.initializers.xavier_uniform()
+_RARE = -math.log(19)  # logit of 5 %: what a model that starts from scratch first thinks of every actor and action
+
+
+def _dense_bias(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, out_sharding: None = None) -> Array:
+  """Rare actors and actions, boxes of two strides to every side."""
+  del key, out_sharding
+  return jnp.full(shape, _RARE, dtype).at[1:5].set(math.log(2))
 
 
 def extend_boxes(boxes: Array, extension: tuple[float, float], frame_size: Array) -> Array:
