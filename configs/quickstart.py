@@ -27,16 +27,7 @@ def get_config(arg: str | None = None) -> common.Config:
   config.clip = ConfigDict({"num_frames": 8, "frame_stride": 3, "fps": 25.0})
   config.canvas, config.short_side, config.max_boxes = (96, 128), 96, 4
   config.augment.color = 0.1
-  config.model = ConfigDict(
-    {
-      "name": "evad",
-      "variant": "quickstart",
-      "keep_rate": 0.7,
-      "stem": "convolution",
-      "dense_loss": 1.0,
-      "drop_path": 0.0,
-    }
-  )
+  config.model = ConfigDict({"name": "evad", "variant": "quickstart", "keep_rate": 0.7, "drop_path": 0.0})
   config.optimizer.weight_decay = 0.05
   config.optimizer.clip_norm = 1.0
   config.schedule = ConfigDict({"name": "cosine", "learning_rate": 1.5e-3, "warmup": 0.02})

@@ -211,9 +211,7 @@ def test_load_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
   checkpoint.save_inference(tmp_path / "pretrained" / "small", state["params"], state["rest"], INFO)
   monkeypatch.chdir(tmp_path)
   assert checkpoint.load_model("small").info["label_map"] == stand_in.LABEL_MAP
-  with pytest.raises(
-    CheckpointError, match="big: no such checkpoint; names that ship with the library: small"
-  ):
+  with pytest.raises(CheckpointError, match="big: no such checkpoint; names that ship with the library: small"):
     checkpoint.load_model("big")
 
 
@@ -222,9 +220,7 @@ def test_load_model_errors(tmp_path: Path) -> None:
     checkpoint.load_model(tmp_path)
   state = make_state(1)
   directory = tmp_path / "one"
-  checkpoint.save_inference(
-    directory, state["params"], state["rest"], {**INFO, "model": {**INFO["model"], "width": 4}}
-  )
+  checkpoint.save_inference(directory, state["params"], state["rest"], {**INFO, "model": {**INFO["model"], "width": 4}})
   with pytest.raises(CheckpointError, match=r"params/embed/bias is \(8,\) in the checkpoint"):
     checkpoint.load_model(directory)
   cut(directory)
@@ -235,3 +231,29 @@ def test_load_model_errors(tmp_path: Path) -> None:
 def test_loads_without_tensorflow() -> None:
   code = "import sys, vad_jax.checkpoint; assert not {'tensorflow', 'grain', 'clu'} & set(sys.modules)"
   subprocess.run([sys.executable, "-c", code], check=True)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from tests import checkpoint_test
+from vad_jax.checkpoint import CheckpointError
+directory = Path(sys.argv[1])
+checkpoint_test.save(directory, [1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # bytes; what a full disk looks like
+try:
+  checkpoint_test.save(directory, [2])
+except CheckpointError as error:
+  print(error)
+"""
+
+
+def test_full_disk(tmp_path: Path) -> None:
+  command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+  root = Path(__file__).parents[1]
+  result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+  assert "no checkpoint could be written" in result.stdout, result.stderr
+  with Checkpoints(tmp_path) as checkpoints:
+    restored = checkpoints.restore(abstract(make_state(0)), stand_in.batches())
+  assert restored is not None
+  assert_equal(restored[0], make_state(1))

@@ -7,6 +7,7 @@ build the model and feed it, so that ``load_model`` needs nothing else. A checkp
 only when it is complete.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -77,7 +78,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, *exception: object) -> None:
-    self._last.close()
+    with self._saving():
+      self._last.close()
 
   def save(self, state: State, batches: Iterator[Any], info: Info) -> None:
     """Saves all that a resume needs, in the background; waits for the save before.
@@ -86,17 +88,22 @@ class Checkpoints:
       state: what ``train`` works on; may be donated as soon as this returns.
       batches: grain iterator whose position is saved.
       info: see ``Loaded``.
+
+    Raises:
+      CheckpointError: this save or the one before could not be written.
     """
     self.wait()
     items = {**_items(state), "data": batches}
-    self._last.save_checkpointables_async(
-      int(state["step"]), items, force=True, overwrite=True, custom_metadata=_to_json(info)
-    )
+    with self._saving():
+      self._last.save_checkpointables_async(
+        int(state["step"]), items, force=True, overwrite=True, custom_metadata=_to_json(info)
+      )
 
   def save_best(self, state: State, info: Info) -> None:
     """Saves the weights to use, averaged ones where there are, and drops the best one before."""
     directory = self._directory / "best" / str(int(state["step"]))
-    save_inference(directory, state.get("ema", state["params"]), state["rest"], info)
+    with self._saving():
+      save_inference(directory, state.get("ema", state["params"]), state["rest"], info)
     if jax.process_index() == 0:
       for other in directory.parent.iterdir():
         if other.name != directory.name:
@@ -134,8 +141,22 @@ class Checkpoints:
     return None
 
   def wait(self) -> None:
-    """Returns when the last save is on disk."""
-    self._last.wait()
+    """Returns when the last save is on disk.
+
+    Raises:
+      CheckpointError: it could not be written.
+    """
+    with self._saving():
+      self._last.wait()
+
+  @contextlib.contextmanager
+  def _saving(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # whatever storage throws, such as a full disk
+      raise CheckpointError(
+        f"no checkpoint could be written to {self._directory} ({_first_line(error)}); those before it are kept"
+      ) from error
 
 
 def save_inference(directory: PathLike, params: Any, rest: Any, info: Info, dtype: Any = None) -> None:
@@ -270,12 +291,17 @@ def _to_json(info: Info) -> Info:
 def _read_info(path: Path) -> Info:
   try:
     info: Any = ocp.metadata(str(path), checkpointable_name="weights").custom_metadata
-    return {**info, "label_map": {int(index): name for index, name in info["label_map"].items()}}
+    model = {key: tuple(value) if isinstance(value, list) else value for key, value in info["model"].items()}
+    label_map = {int(index): name for index, name in info["label_map"].items()}
+    return {**info, "model": model, "label_map": label_map}  # as they were before JSON
   except Exception as error:
     raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, reason: Exception | str) -> _DamagedError:
-  if isinstance(reason, Exception):
-    reason = f"{type(reason).__name__}: {reason}"
-  return _DamagedError(f"checkpoint {path} is damaged ({reason.splitlines()[0][:200]})")
+  return _DamagedError(f"checkpoint {path} is damaged ({_first_line(reason)})")
+
+
+def _first_line(reason: Exception | str) -> str:
+  text = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
+  return text.splitlines()[0][:200]

@@ -5,6 +5,7 @@ state and batch, and its randomness is derived from seed and step. So a checkpoi
 that was stopped goes on exactly as if it had not been.
 """
 
+import contextlib
 import functools
 import signal
 import sys
@@ -125,7 +126,8 @@ def train(
   if restored:
     print(f"resumed from step {step}", file=sys.stderr, flush=True)
 
-  with jax.set_mesh(mesh), _StopRequest() as stop, progress.bar("train", num_steps, start=step) as advance:
+  with jax.set_mesh(mesh), _StopRequest() as stop, contextlib.ExitStack() as shown:
+    advance = None  # of the progress bar, which is not shown while something else is done
     changed = False  # since the last save
     while True:
       due = step == num_steps or (evaluate_every and step % evaluate_every == 0)
@@ -133,6 +135,8 @@ def train(
         evaluate and step and due and info["metrics"].get("step") != step
       ):  # a resume makes up for a missed one
         meter.flush(step)
+        shown.close()
+        advance = None
         scores = evaluate(functools.partial(predict, state.get("ema", state["params"]), state["rest"]), stop)
         if scores is not None:
           writer.write_scalars(step, {f"eval/{name}": value for name, value in scores.items()})
@@ -156,6 +160,8 @@ def train(
       if compiled is None:
         compiled, compile_seconds = _compile(train_step, state, batch)
         meter.restart()
+      if advance is None:
+        advance = shown.enter_context(progress.bar("train", num_steps, start=step))
       state, metrics = compiled(state, batch)
       step, changed = step + 1, True
       meter.add(step, metrics, host_batch["key"])
