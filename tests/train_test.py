@@ -159,7 +159,8 @@ def test_eight_devices_equal_one(
 
 
 def test_learns_and_writes(tmp_path: Path) -> None:
-  _, scalars = run(tmp_path, 12)
+  result, scalars = run(tmp_path, 12)
+  assert (result.state["rest"]["seen"] > 0).all()  # arrays that are no parameters are kept up to date too
   assert scalars[12]["train/loss"] < 0.8 * scalars[1]["train/loss"]
   assert scalars[1]["train/learning_rate"] == pytest.approx(1e-2)
   assert set(scalars[12]) == {
