@@ -93,9 +93,7 @@ def test_rows_survive_writing(tmp_path):
   annotations.write_ava_csv(path, rows)
   back = annotations.read_ava_csv(path)
   for name, ours, theirs in zip(rows._fields, rows, back, strict=True):
-    np.testing.assert_array_equal(
-      theirs.astype(np.float32) if name == "extra" else theirs, ours, err_msg=name
-    )
+    np.testing.assert_array_equal(theirs.astype(np.float32) if name == "extra" else theirs, ours, err_msg=name)
 
 
 def test_written_as_ava_does(tmp_path):

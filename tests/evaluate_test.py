@@ -21,8 +21,7 @@ class Set:
 
   def __init__(self) -> None:
     self.keyframes = [
-      Keyframe("a" if t < 3 else "b", float(t), BOXES[: t % 3], LABELS[: t % 3], np.arange(t % 3))
-      for t in range(5)
+      Keyframe("a" if t < 3 else "b", float(t), BOXES[: t % 3], LABELS[: t % 3], np.arange(t % 3)) for t in range(5)
     ]
 
   def __len__(self) -> int:

@@ -40,9 +40,7 @@ def test_step_epochs_without_warmup() -> None:
 
 def test_cosine() -> None:
   schedule = optim.make_schedule("cosine", 2.0, num_steps=100, steps_per_epoch=7, warmup=0.1, final=0.05)
-  np.testing.assert_allclose(
-    [schedule(step) for step in (0, 5, 10, 55, 100)], [0, 1, 2, 1.05, 0.1], rtol=1e-6
-  )
+  np.testing.assert_allclose([schedule(step) for step in (0, 5, 10, 55, 100)], [0, 1, 2, 1.05, 0.1], rtol=1e-6)
   assert optim.cosine(2.0, num_steps=3)(0) == 2.0  # too short to warm up
 
 

@@ -371,8 +371,6 @@ def test_bad_options(arguments, message, capsys):
 
 
 def test_starts_without_tensorflow():
-  code = (
-    "import vad_jax.predict, sys; sys.exit(any(m in sys.modules for m in ('tensorflow', 'clu', 'torch')))"
-  )
+  code = "import vad_jax.predict, sys; sys.exit(any(m in sys.modules for m in ('tensorflow', 'clu', 'torch')))"
   root = Path(predict.__file__).parents[1]
   assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -56,6 +56,4 @@ def test_batch() -> None:
     with pytest.raises(ValueError, match=f"batch size {size} cannot be split over 8 devices: take 8"):
       sharding.local_batch_size(size, mesh)
   batch = sharding.to_global({"key": np.arange(16)}, mesh)
-  assert [shard.data.tolist() for shard in batch["key"].addressable_shards] == [
-    [2 * i, 2 * i + 1] for i in range(8)
-  ]
+  assert [shard.data.tolist() for shard in batch["key"].addressable_shards] == [[2 * i, 2 * i + 1] for i in range(8)]

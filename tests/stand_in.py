@@ -48,9 +48,7 @@ class StandIn(nnx.Module):
   def costs(self, out: dict[str, Any], batch: Batch) -> jax.Array:
     return jnp.abs(out["boxes"][:, :, None] - batch["boxes"][:, None]).sum(-1)
 
-  def loss(
-    self, out: dict[str, Any], batch: Batch, match: jax.Array
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def loss(self, out: dict[str, Any], batch: Batch, match: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     count = jnp.maximum(batch["box_mask"].sum(), 1)
     box = (self.costs(out, batch) * match).sum() / count
     wrong = jnp.abs(out["action"][:, :, None] - batch["labels"][:, None]).sum(-1)

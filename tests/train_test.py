@@ -49,9 +49,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
   return result, scalars, spy.keys
 
 
-def run(
-  workdir: Path, num_steps: int, *, batches: Any = None, devices: int = 1, mesh: Any = None, **kwargs: Any
-):
+def run(workdir: Path, num_steps: int, *, batches: Any = None, devices: int = 1, mesh: Any = None, **kwargs: Any):
   """Trains the stand-in; returns the result, what was written, and the checkpoints' directory."""
   writer = stand_in.Writer()
   with Checkpoints(workdir) as checkpoints:
@@ -59,9 +57,7 @@ def run(
       stand_in.make_model,
       batches or stand_in.batches(),
       num_steps=num_steps,
-      make_optimizer=partial(
-        optim.make_optimizer, learning_rate=SCHEDULE, weight_decay=0.01, groups=(("parts", 2.0),)
-      ),
+      make_optimizer=partial(optim.make_optimizer, learning_rate=SCHEDULE, weight_decay=0.01, groups=(("parts", 2.0),)),
       learning_rate=SCHEDULE,
       mesh=sharding.make_mesh(mesh or {"data": -1}, jax.devices()[:devices]),
       checkpoints=checkpoints,
@@ -144,9 +140,7 @@ def test_resume_after_sigkill(straight: Any, tmp_path: Path) -> None:
   "mesh, strategy", [({"data": 8}, "replicate"), ({"fsdp": 8}, "fsdp"), ({"data": 4, "fsdp": 2}, "fsdp")]
 )
 @pytest.mark.parametrize("matcher", ["device", "scipy"])
-def test_eight_devices_equal_one(
-  straight: Any, tmp_path: Path, mesh: Any, strategy: str, matcher: Any
-) -> None:
+def test_eight_devices_equal_one(straight: Any, tmp_path: Path, mesh: Any, strategy: str, matcher: Any) -> None:
   one, scalars_one, _ = straight
   many, scalars = run(tmp_path, 6, matcher=matcher, devices=8, mesh=mesh, sharding=strategy)
   kernel = many.state["params"]["hidden"]["kernel"]
@@ -211,9 +205,7 @@ def test_evaluates_and_keeps_the_best(tmp_path: Path) -> None:
     return {"frame_map_50": next(scores)}
 
   _, scalars = run(tmp_path, 5, evaluate_every=2, evaluate=evaluate)
-  assert {
-    step: values["eval/frame_map_50"] for step, values in scalars.items() if "eval/frame_map_50" in values
-  } == {
+  assert {step: values["eval/frame_map_50"] for step, values in scalars.items() if "eval/frame_map_50" in values} == {
     2: 0.1,
     4: 0.5,
     5: 0.3,
@@ -230,8 +222,6 @@ def test_stop_while_evaluating_repeats_the_evaluation(tmp_path: Path) -> None:
   result, _ = run(tmp_path, 4, evaluate_every=2, evaluate=interrupted)
   assert (result.stopped, result.steps) == ("preempted", 2)
   seen = []
-  result, scalars = run(
-    tmp_path, 4, evaluate_every=2, evaluate=lambda *_: seen.append(1) or {"frame_map_50": 0.2}
-  )
+  result, scalars = run(tmp_path, 4, evaluate_every=2, evaluate=lambda *_: seen.append(1) or {"frame_map_50": 0.2})
   assert (result.steps, len(seen)) == (2, 2)
   assert "eval/frame_map_50" in scalars[2]

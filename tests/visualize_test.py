@@ -72,9 +72,7 @@ def test_very_small_frames(size):
 
 
 def test_captions_of_neighbours_keep_apart():
-  boxes = np.array(
-    [[0.1, 0.3, 0.3, 0.9], [0.12, 0.32, 0.33, 0.9], [0.2, 0.3, 0.4, 0.95], [0.1, 0.3, 0.3, 0.9]]
-  )
+  boxes = np.array([[0.1, 0.3, 0.3, 0.9], [0.12, 0.32, 0.33, 0.9], [0.2, 0.3, 0.4, 0.95], [0.1, 0.3, 0.3, 0.9]])
   areas, _ = _captions(lambda: draw_detections(_frame(480, 640), boxes, [["stand 0.98", "walk 0.5"]] * 4))
   for index, area in enumerate(areas):
     for other in areas[:index]:
@@ -82,9 +80,7 @@ def test_captions_of_neighbours_keep_apart():
 
 
 def test_caption_stands_above_its_box_where_there_is_room():
-  (area,), _ = _captions(
-    lambda: draw_detections(_frame(480, 640), np.array([[0.25, 0.5, 0.5, 1]]), [["sit"]])
-  )
+  (area,), _ = _captions(lambda: draw_detections(_frame(480, 640), np.array([[0.25, 0.5, 0.5, 1]]), [["sit"]]))
   assert area[0] == round(0.25 * 639)
   assert area[3] == round(0.5 * 479)
 
@@ -105,9 +101,7 @@ def test_text_grows_with_the_frame():
   heights = []
   for scale in (1, 3):
     _, texts = _captions(
-      lambda s=scale: draw_detections(
-        _frame(360 * s, 640 * s), np.array([[0.2, 0.2, 0.6, 0.9]]), [["walk 0.9"]]
-      )
+      lambda s=scale: draw_detections(_frame(360 * s, 640 * s), np.array([[0.2, 0.2, 0.6, 0.9]]), [["walk 0.9"]])
     )
     heights.append(texts[0][2][0][1])
   assert heights[1] > 2 * heights[0]

@@ -15,9 +15,7 @@ import numpy as np
 
 PathLike = str | os.PathLike[str]
 
-_CHUNK = (
-  1 << 22
-)  # characters of a CSV that are parsed at once, so that memory stays near the size of the result
+_CHUNK = 1 << 22  # characters of a CSV that are parsed at once, so that memory stays near the size of the result
 
 
 class AnnotationError(ValueError):

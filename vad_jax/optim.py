@@ -36,9 +36,7 @@ def step_epochs(
   return schedule
 
 
-def cosine(
-  learning_rate: float, *, num_steps: int, warmup: float = 0.05, final: float = 0.0
-) -> optax.Schedule:
+def cosine(learning_rate: float, *, num_steps: int, warmup: float = 0.05, final: float = 0.0) -> optax.Schedule:
   """Linear warm-up from zero, then half a cosine.
 
   Args:

@@ -160,9 +160,7 @@ def predict_video(
     _write_json(result, outputs["json"], loaded.info, {"stride": stride, **thresholds})
     if draw:
       annotate(result, outputs["video"])
-    result = result._replace(
-      csv=outputs["csv"], json=outputs["json"], video=outputs["video"] if draw else None
-    )
+    result = result._replace(csv=outputs["csv"], json=outputs["json"], video=outputs["video"] if draw else None)
   return result
 
 
@@ -293,15 +291,9 @@ def _select(
   for scores in found.action_score[order]:
     best = [index for index in np.argsort(-scores, kind="stable") if index + 1 in label_map][:top_k]
     actions.append(
-      [
-        Action(int(k) + 1, label_map[int(k) + 1], float(scores[k]))
-        for k in best
-        if scores[k] >= action_threshold
-      ]
+      [Action(int(k) + 1, label_map[int(k) + 1], float(scores[k])) for k in best if scores[k] >= action_threshold]
     )
-  return KeyframeDetections(
-    time, found.boxes[order], found.actor_score[order], found.action_score[order], actions
-  )
+  return KeyframeDetections(time, found.boxes[order], found.actor_score[order], found.action_score[order], actions)
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -319,9 +311,7 @@ def _prepare_outputs(source: Path, output_dir: str | Path) -> dict[str, Path]:
     directory.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=directory).close()
   except OSError as error:
-    raise OSError(
-      f"{directory}: cannot write there ({error.strerror}); choose another --output-dir"
-    ) from None
+    raise OSError(f"{directory}: cannot write there ({error.strerror}); choose another --output-dir") from None
   if outputs["video"].exists() and outputs["video"].samefile(source):
     raise OSError(f"{source}: the annotated video would replace it; choose another --output-dir")
   return outputs
@@ -411,9 +401,7 @@ def annotate(result: Prediction, path: Path) -> None:
       colors = [visualize.color_of(number) for number in people[current]]
       drawn = visualize.draw_detections(visualize.upscale(frame), boxes, captions, colors)
       if writer is None:
-        writer = stack.enter_context(
-          VideoWriter(path, size=drawn.shape[:2], fps=result.fps, audio_from=result.source)
-        )
+        writer = stack.enter_context(VideoWriter(path, size=drawn.shape[:2], fps=result.fps, audio_from=result.source))
       writer.write(drawn, time)
 
 
@@ -443,9 +431,7 @@ def number_people(keyframes: list[KeyframeDetections], links: list[np.ndarray]) 
   return identities
 
 
-def boxes_between(
-  now: KeyframeDetections, then: KeyframeDetections, links: np.ndarray, time: float
-) -> np.ndarray:
+def boxes_between(now: KeyframeDetections, then: KeyframeDetections, links: np.ndarray, time: float) -> np.ndarray:
   """Boxes at a time between two keyframes: linked ones move, the others stay."""
   share = (time - now.time) / (then.time - now.time)
   boxes = now.boxes.copy()
@@ -522,18 +508,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--action-threshold", default=0.3, type=_share, help="lowest score of an action; default: %(default)s"
   )
-  parser.add_argument(
-    "--top-k", default=3, type=_count, help="most actions for one person; default: %(default)s"
-  )
+  parser.add_argument("--top-k", default=3, type=_count, help="most actions for one person; default: %(default)s")
   parser.add_argument("--nms", type=_share, help="drop boxes that overlap a better one by more than this IoU")
   parser.add_argument("--batch-size", default=4, type=_count, help="clips at once; default: %(default)s")
   parser.add_argument("--no-video", action="store_true", help="write only CSV and JSON")
   options = parser.parse_args(arguments)
   stems = [video.stem for video in options.video]
   if twice := {stem for stem in stems if stems.count(stem) > 1}:
-    parser.error(
-      f"several videos are named {sorted(twice)[0]}: their results would replace each other; run them apart"
-    )
+    parser.error(f"several videos are named {sorted(twice)[0]}: their results would replace each other; run them apart")
   return options
 
 

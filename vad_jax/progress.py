@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-
 @contextlib.contextmanager
-def bar(description: str, total: int | None, *, start: int = 0, log_seconds: float = 15.0) -> Iterator[Callable[..., None]]:
+def bar(
+  description: str, total: int | None, *, start: int = 0, log_seconds: float = 15.0
+) -> Iterator[Callable[..., None]]:
   """Shows how far a long job is; written to standard error.
 
   Args:
@@ -54,6 +55,8 @@ def bar(description: str, total: int | None, *, start: int = 0, log_seconds: flo
       last = now
       rate = (done - start) / max(now - begun, 1e-9)
       eta = f", ETA {max(total - done, 0) / max(rate, 1e-9):.0f} s" if total else ""
-      print(f"{description}: {done}/{total or '?'} in {now - begun:.0f} s{eta} {note}".rstrip(), file=sys.stderr, flush=True)
+      print(
+        f"{description}: {done}/{total or '?'} in {now - begun:.0f} s{eta} {note}".rstrip(), file=sys.stderr, flush=True
+      )
 
   yield advance_log

@@ -116,9 +116,7 @@ def train(
   restored = checkpoints.restore(abstract, batches)
   state, info = restored or (init(), {**info, "metrics": {}})
   step = first = int(state["step"])
-  train_step = make_train_step(
-    graphdef, optimizer, learning_rate, seed=seed, matcher=matcher, ema_decay=ema_decay
-  )
+  train_step = make_train_step(graphdef, optimizer, learning_rate, seed=seed, matcher=matcher, ema_decay=ema_decay)
   compiled, compile_seconds = None, 0.0
   predict = jax.jit(make_predict(graphdef))
   best = (checkpoints.best_info() or {"metrics": {}})["metrics"].get(monitor, -np.inf)
@@ -131,9 +129,7 @@ def train(
     changed = False  # since the last save
     while True:
       due = step == num_steps or (evaluate_every and step % evaluate_every == 0)
-      if (
-        evaluate and step and due and info["metrics"].get("step") != step
-      ):  # a resume makes up for a missed one
+      if evaluate and step and due and info["metrics"].get("step") != step:  # a resume makes up for a missed one
         meter.flush(step)
         shown.close()
         advance = None
@@ -245,9 +241,7 @@ def _prepare(
 
   abstract = jax.eval_shape(init)
   shardings = infer_sharding(abstract, mesh, sharding)
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-  )
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
   return graphdef, optimizer, abstract, jax.jit(init, out_shardings=shardings)
 
 
@@ -333,9 +327,7 @@ class _StopRequest:
 
   def __enter__(self) -> "_StopRequest":
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._handlers = {
-        number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
-      }
+      self._handlers = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
     return self
 
   def __exit__(self, *exception: object) -> None:

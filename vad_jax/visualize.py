@@ -74,9 +74,7 @@ def draw_detections(
   boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
   _check_frame(frame)
   if not len(boxes) == len(captions) == len(colors if colors is not None else boxes):
-    raise ValueError(
-      f"{len(boxes)} boxes, {len(captions)} captions and {colors and len(colors)} colors do not agree"
-    )
+    raise ValueError(f"{len(boxes)} boxes, {len(captions)} captions and {colors and len(colors)} colors do not agree")
   if not np.isfinite(boxes).all():
     raise ValueError("boxes are not finite")
   colors = colors if colors is not None else [color_of(index) for index in range(len(boxes))]
@@ -250,9 +248,7 @@ def _write(image: np.ndarray, block: _Block, area: tuple[int, int, int, int], co
   pen = (16, 18, 22) if brightness > 120 else (255, 255, 255)
   for index, line in enumerate(block.lines):
     baseline = block.pad + round((index + 0.78) * block.line_height)
-    cv2.putText(
-      blended, line, (2 * block.pad, baseline), _FONT, block.scale, pen, _weight(block.scale), cv2.LINE_AA
-    )
+    cv2.putText(blended, line, (2 * block.pad, baseline), _FONT, block.scale, pen, _weight(block.scale), cv2.LINE_AA)
   plate[:] = blended
 
 

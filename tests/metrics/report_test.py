@@ -17,9 +17,7 @@ _LABELS = {1: "stand", 2: "walk <fast>", 5: "sleep"}
 
 def _scores():
   boxes = np.array([[0, 0, 0.4, 1], [0.5, 0, 0.9, 1], [0, 0, 0.4, 1]])
-  truth = Rows(
-    np.array(["a"] * 3, object), np.array([1.0, 1, 2]), boxes, np.array([1, 1, 2], np.int32), np.arange(3.0)
-  )
+  truth = Rows(np.array(["a"] * 3, object), np.array([1.0, 1, 2]), boxes, np.array([1, 1, 2], np.int32), np.arange(3.0))
   return frame_map(truth, truth.select(np.array([0, 2]))._replace(extra=np.array([0.9, 0.8])), _LABELS)
 
 

@@ -2,9 +2,7 @@ import numpy as np
 
 from vad_jax.ops.nms import nms
 
-BOXES = np.array(
-  [[0, 0, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9], [0.02, 0, 0.42, 0.4], [0.2, 0, 0.6, 0.4]], np.float32
-)
+BOXES = np.array([[0, 0, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9], [0.02, 0, 0.42, 0.4], [0.2, 0, 0.6, 0.4]], np.float32)
 
 
 def test_keeps_the_best_of_overlapping_boxes():

@@ -72,9 +72,7 @@ class View(NamedTuple):
   height: float
 
 
-def project(
-  body: np.ndarray, yaw: np.ndarray, feet: np.ndarray, height: float
-) -> tuple[np.ndarray, np.ndarray]:
+def project(body: np.ndarray, yaw: np.ndarray, feet: np.ndarray, height: float) -> tuple[np.ndarray, np.ndarray]:
   """Points of the body's axes on the picture.
 
   Args:
@@ -108,9 +106,7 @@ def random_look(rng: np.random.Generator, place: np.ndarray) -> Look:
     rng: source of randomness.
     place: ``[3]`` mean colour of the surroundings.
   """
-  skin = np.array(
-    [(250, 218, 190), (232, 184, 148), (198, 140, 100), (142, 92, 62), (92, 60, 44)][rng.integers(5)]
-  )
+  skin = np.array([(250, 218, 190), (232, 184, 148), (198, 140, 100), (142, 92, 62), (92, 60, 44)][rng.integers(5)])
   hairs = [(28, 22, 20), (70, 44, 26), (140, 90, 44), (214, 178, 104), (150, 148, 146), (150, 60, 30)]
   return Look(
     skin=_tuple(skin),
@@ -209,9 +205,7 @@ class PersonPainter:
   def _leg(self, frame, points, side: int, far: bool) -> None:
     look, width = self._look, self._width
     shade = 0.75 if far else 1.0
-    hip, knee, ankle, toe = (
-      points[part.start + side] for part in (poses.HIPS, poses.KNEES, poses.ANKLES, poses.TOES)
-    )
+    hip, knee, ankle, toe = (points[part.start + side] for part in (poses.HIPS, poses.KNEES, poses.ANKLES, poses.TOES))
     shin = look.trousers if look.legs == "long" else look.skin
     self._limb(frame, ankle, toe, _shade(look.shoes, shade), width["foot"] + 1)
     self._limb(frame, knee, ankle, _shade(shin, shade), width["shin"])
@@ -220,9 +214,7 @@ class PersonPainter:
   def _arm(self, frame, points, side: int, far: bool) -> None:
     look, width = self._look, self._width
     shade = 0.75 if far else 0.92
-    shoulder, elbow, hand = (
-      points[part.start + side] for part in (poses.SHOULDERS, poses.ELBOWS, poses.HANDS)
-    )
+    shoulder, elbow, hand = (points[part.start + side] for part in (poses.SHOULDERS, poses.ELBOWS, poses.HANDS))
     self._limb(frame, shoulder, elbow, _shade(look.shirt, shade), width["arm"])
     self._limb(frame, elbow, hand, _shade(look.shirt if look.sleeves else look.skin, shade), width["forearm"])
     radius = round(_HAND * self._height * self._look.build * _ONE)
@@ -307,9 +299,7 @@ def _between(start, end, part: float) -> tuple[int, int]:
 class Thing:
   """A ball, a box, a telephone or any polygons, moving over the picture."""
 
-  def __init__(
-    self, kind: str, points: np.ndarray, size: float, color: Color, visible: np.ndarray | None = None
-  ):
+  def __init__(self, kind: str, points: np.ndarray, size: float, color: Color, visible: np.ndarray | None = None):
     """Prepares.
 
     Args:
@@ -343,9 +333,7 @@ class Thing:
     low, top = y + half * 3 // 4, y - half * 3 // 4
     cv2.rectangle(frame, (x - half, top), (x + half, low), self._color, cv2.FILLED, cv2.LINE_AA, _BITS)
     cv2.rectangle(frame, (x - half, top), (x + half, low), _shade(self._color, 0.55), 1, cv2.LINE_AA, _BITS)
-    cv2.line(
-      frame, (x, top), (x, low), _shade(self._color, 1.5), max(1, int(self._size / 4)), cv2.LINE_AA, _BITS
-    )
+    cv2.line(frame, (x, top), (x, low), _shade(self._color, 1.5), max(1, int(self._size / 4)), cv2.LINE_AA, _BITS)
 
   def _phone(self, frame, point) -> None:
     half = int(self._size * _ONE)

@@ -4,9 +4,7 @@ import cv2
 import numpy as np
 
 
-def random_place(
-  rng: np.random.Generator, height: int, width: int, floor: float, *, busy: bool
-) -> np.ndarray:
+def random_place(rng: np.random.Generator, height: int, width: int, floor: float, *, busy: bool) -> np.ndarray:
   """Paints a place.
 
   Args:
@@ -109,9 +107,7 @@ def _park(place, rng, floor, things):
   _gradient(place, 0, floor, (130, 175, 220), (205, 222, 228))
   xs = np.arange(width)
   for level, color in ((0.6, (120, 150, 130)), (0.8, (95, 130, 90))):
-    bumps = np.sin(xs / width * rng.uniform(4, 12) + rng.uniform(0, 6)) + 0.5 * np.sin(
-      xs / width * rng.uniform(12, 30)
-    )
+    bumps = np.sin(xs / width * rng.uniform(4, 12) + rng.uniform(0, 6)) + 0.5 * np.sin(xs / width * rng.uniform(12, 30))
     hill = (floor * level + 0.07 * floor * bumps).astype(int)
     place[:floor][np.arange(floor)[:, None] > hill] = color
   grass = _muted(rng, (110, 170), (60, 110))
@@ -139,9 +135,7 @@ def _picture(place, rng, floor):
   top = int(floor * rng.uniform(0.1, 0.4))
   low = top + int(wide * rng.uniform(0.6, 1.2))
   cv2.rectangle(place, (x, top), (x + wide, low), _muted(rng, (60, 230), (40, 150)), -1)
-  cv2.circle(
-    place, (x + wide // 2, (top + low) // 2), max(1, wide // 5), _muted(rng, (60, 230), (40, 150)), -1
-  )
+  cv2.circle(place, (x + wide // 2, (top + low) // 2), max(1, wide // 5), _muted(rng, (60, 230), (40, 150)), -1)
   cv2.rectangle(place, (x, top), (x + wide, low), (70, 50, 35), max(1, wide // 10))
 
 
@@ -175,9 +169,7 @@ def _plant(place, rng, floor):
   pot = low - wide
   for _ in range(9):
     tip = (int(x + wide * rng.uniform(-0.6, 1.6)), int(pot - wide * rng.uniform(0.5, 2.2)))
-    cv2.line(
-      place, (x + wide // 2, pot), tip, (50, int(rng.integers(90, 150)), 60), max(1, wide // 6), cv2.LINE_AA
-    )
+    cv2.line(place, (x + wide // 2, pot), tip, (50, int(rng.integers(90, 150)), 60), max(1, wide // 6), cv2.LINE_AA)
   cv2.rectangle(place, (x, pot), (x + wide, low), (150, 90, 60), -1)
 
 

@@ -181,21 +181,15 @@ def _gait(times, style, *, hertz, stride, knee, bend, lean, elbow, swing, bounce
   shin = thigh - bend - knee * np.maximum(np.cos(phase), 0)
   flat = np.ones(len(times))
   rise = bounce * np.abs(np.sin(phase[:, 0]))
-  return Stance(
-    thigh, shin, lean * flat, -swing * style.vigour * np.sin(phase), elbow * np.ones_like(thigh), rise
-  )
+  return Stance(thigh, shin, lean * flat, -swing * style.vigour * np.sin(phase), elbow * np.ones_like(thigh), rise)
 
 
 def _walk(times, style):
-  return _gait(
-    times, style, hertz=1.0, stride=0.5, knee=0.75, bend=0.05, lean=0.06, elbow=0.3, swing=0.5, bounce=0.0
-  )
+  return _gait(times, style, hertz=1.0, stride=0.5, knee=0.75, bend=0.05, lean=0.06, elbow=0.3, swing=0.5, bounce=0.0)
 
 
 def _run(times, style):
-  return _gait(
-    times, style, hertz=1.3, stride=0.75, knee=1.5, bend=0.35, lean=0.28, elbow=1.5, swing=0.85, bounce=0.05
-  )
+  return _gait(times, style, hertz=1.3, stride=0.75, knee=1.5, bend=0.35, lean=0.28, elbow=1.5, swing=0.85, bounce=0.05)
 
 
 def _jump(times, style):
@@ -205,9 +199,7 @@ def _jump(times, style):
   crouch = np.interp(beat, [0, 0.2, 0.4, 0.9, 1.0], [0.45, 1.0, 0.0, 0.0, 0.45]) * style.vigour
   thigh = np.stack([0.75 * crouch + 0.05, 0.75 * crouch - 0.05], -1)
   arms = np.interp(beat, [0, 0.2, 0.5, 0.8, 1.0], [0.3, -0.7, 2.7, 2.2, 0.3])[:, None] * np.ones(2)
-  return Stance(
-    thigh, thigh - 1.35 * crouch[:, None], 0.05 + 0.45 * crouch, arms, 0.2 * np.ones_like(arms), height
-  )
+  return Stance(thigh, thigh - 1.35 * crouch[:, None], 0.05 + 0.45 * crouch, arms, 0.2 * np.ones_like(arms), height)
 
 
 def _bend(times, style):
@@ -350,9 +342,7 @@ def _still_fists(times, style, legs, body):
 
 def _fists(style, body, out):
   guard = body[:, NECK, None] + np.stack([0.17 + 0 * out, -0.02 + 0 * out, 0.07 * SIDES + 0 * out], -1)
-  blow = body[:, NECK, None] + np.stack(
-    [2 * style.reach - 0.08 + 0 * out, 0.03 + 0 * out, 0.03 * SIDES + 0 * out], -1
-  )
+  blow = body[:, NECK, None] + np.stack([2 * style.reach - 0.08 + 0 * out, 0.03 + 0 * out, 0.03 * SIDES + 0 * out], -1)
   return _reach(body[:, SHOULDERS], guard + out[..., None] * (blow - guard))
 
 

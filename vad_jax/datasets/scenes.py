@@ -48,9 +48,7 @@ class Act(NamedTuple):
   def classes(self) -> tuple[int, ...]:
     """AVA ids."""
     tables = ((_STANCE_CLASSES, self.stance), (_GESTURE_CLASSES, self.gesture))
-    return tuple(
-      class_id for table, name in tables for class_id, names in table.items() if name in names.split()
-    )
+    return tuple(class_id for table, name in tables for class_id, names in table.items() if name in names.split())
 
 
 def _forms(stances: str, gestures: str) -> tuple[Act, ...]:
@@ -245,15 +243,11 @@ def stage(
   """
   height, width = size
   num_acts = len(groups[0][0])
-  changes = [
-    float(int(part * times[-1] / num_acts) + rng.integers(0, 2) + 0.5) for part in range(1, num_acts)
-  ]
+  changes = [float(int(part * times[-1] / num_acts) + rng.integers(0, 2) + 0.5) for part in range(1, num_acts)]
   camera = _camera(level, times, height, rng)
   margin = int(np.abs(camera).max()) + 2
   floor = height * rng.uniform(*level.floor)
-  backdrop = places.random_place(
-    rng, height + 2 * margin, width + 2 * margin, floor + margin, busy=level.changes
-  )
+  backdrop = places.random_place(rng, height + 2 * margin, width + 2 * margin, floor + margin, busy=level.changes)
   film = _Film(times, _weights(times, changes), width, camera, backdrop.mean((0, 1)))
   actors: list[Actor] = []
   slots = _slots([len(cast) for cast in groups], rng)
@@ -362,9 +356,7 @@ def _camera(level: Level, times: np.ndarray, height: int, rng: np.random.Generat
 def _weights(times: np.ndarray, changes: Sequence[float]) -> np.ndarray:
   """``[T, acts]`` share that each act has in the pose; one passes smoothly into the next."""
   steps = [np.clip((times - change) / (2 * _BLEND) + 0.5, 0, 1) for change in changes]
-  begun = np.stack(
-    [np.ones_like(times), *(step * step * (3 - 2 * step) for step in steps), np.zeros_like(times)], -1
-  )
+  begun = np.stack([np.ones_like(times), *(step * step * (3 - 2 * step) for step in steps), np.zeros_like(times)], -1)
   return begun[:, :-1] - begun[:, 1:]
 
 
@@ -379,9 +371,7 @@ def _actor(film: _Film, spot: _Spot, acts: list[Act], styles: list[poses.Style],
     style = style._replace(reach=spot.reach, meet=spot.meet)
     if act.gesture == "hit" and spot.side < 0:
       style = style._replace(phase=style.phase + np.pi)  # they hit in turn
-    body += weight[:, None, None] * poses.joints(
-      act.stance, act.gesture, times + lag * (not spot.paired), style
-    )
+    body += weight[:, None, None] * poses.joints(act.stance, act.gesture, times + lag * (not spot.paired), style)
   yaw = np.sum(film.weights.T * yaws, 0)
   feet = np.stack([x, np.full(len(times), spot.feet)], -1)
   points, near = figures.project(body, yaw, feet, tall)
@@ -427,9 +417,7 @@ def _path(
   gone = (start + np.cumsum(speed) * (times[1] - times[0])) % (2 * span)
   heading = np.where(gone < span, 1.0, -1.0)
   turn = max(3, round(0.16 / (times[1] - times[0])))
-  heading = np.convolve(
-    np.pad(heading, turn, mode="edge"), np.full(2 * turn + 1, 1 / (2 * turn + 1)), mode="valid"
-  )
+  heading = np.convolve(np.pad(heading, turn, mode="edge"), np.full(2 * turn + 1, 1 / (2 * turn + 1)), mode="valid")
   return low + np.where(gone < span, gone, 2 * span - gone), heading
 
 

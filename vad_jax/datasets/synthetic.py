@@ -115,9 +115,7 @@ def make(
   (directory / "annotations").mkdir(exist_ok=True)
   plan.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
   tasks = [
-    (settings, directory, split, i)
-    for split, n in zip(SPLITS, (num_train, num_val), strict=True)
-    for i in range(n)
+    (settings, directory, split, i) for split, n in zip(SPLITS, (num_train, num_val), strict=True) for i in range(n)
   ]
   made = _make_all(tasks, min(workers or _num_cores(), len(tasks)))
   for split, videos in zip(SPLITS, (made[:num_train], made[num_train:]), strict=True):
@@ -132,9 +130,7 @@ def _check(level, num_train, num_val, size, seconds, fps, seed, workers) -> None
   if level not in scenes.LEVELS:
     raise ValueError(f"level {level!r} is none of {', '.join(scenes.LEVELS)}")
   if min(num_train, num_val) < 0 or num_train + num_val == 0:
-    raise ValueError(
-      f"num_train={num_train}, num_val={num_val}: give at least one video, and no negative number"
-    )
+    raise ValueError(f"num_train={num_train}, num_val={num_val}: give at least one video, and no negative number")
   if min(size) < 48:
     raise ValueError(f"size {size[0]}x{size[1]}: width and height are at least 48 pixels")
   if seconds != int(seconds) or seconds < 2:
@@ -235,9 +231,7 @@ def _render(path: Path, scene: scenes.Scene, times: np.ndarray, settings: _Setti
       if act.gesture == "talk":
         talking[begin:end] = np.sin(2 * np.pi * 2.3 * times[begin:end]) > 0
     painter = figures.PersonPainter(actor.look, actor.view, talking)
-    layers.append(
-      (actor.order, lambda frame, i, painter=painter, actor=actor: painter.paint(frame, i, actor.things))
-    )
+    layers.append((actor.order, lambda frame, i, painter=painter, actor=actor: painter.paint(frame, i, actor.things)))
   layers.sort(key=lambda layer: layer[0])
   with VideoWriter(path, size=(height, width), fps=settings.fps) as writer:
     for i in range(len(times)):
@@ -277,9 +271,7 @@ def _annotate(video: str, scene: scenes.Scene, settings: _Settings, num_frames: 
       if seen[i] and label["start_frame"] <= i < label["end_frame"]
     ]
   rows.sort(key=lambda row: (row[0], row[3], row[2]))
-  return _Made(
-    video, rows, {"fps": settings.fps, "num_frames": num_frames, "size": [height, width], "tubes": tubes}
-  )
+  return _Made(video, rows, {"fps": settings.fps, "num_frames": num_frames, "size": [height, width], "tubes": tubes})
 
 
 def _write_annotations(directory: Path, split: str, videos: list[_Made]) -> None:
@@ -297,9 +289,7 @@ def _write_annotations(directory: Path, split: str, videos: list[_Made]) -> None
   (directory / f"{split}_tubes.json").write_text(tubes, encoding="utf-8")
 
 
-def contact_sheet(
-  directory: annotations.PathLike, path: annotations.PathLike, *, split: str, rows: int = 12
-) -> None:
+def contact_sheet(directory: annotations.PathLike, path: annotations.PathLike, *, split: str, rows: int = 12) -> None:
   """Paints keyframes of a set with their boxes and class names, to look at.
 
   Args:
@@ -334,9 +324,7 @@ def _cell(frame: np.ndarray, index: int, entry: dict[str, Any], names: dict[int,
   cell = np.pad(cell, [(0, 12 * 4 + 4), (0, 2), (0, 0)])
   colors = [(255, 225, 0), (0, 230, 255), (255, 120, 255), (120, 255, 120)]
   for number, (tube, color) in enumerate(zip(entry["tubes"], colors, strict=False)):
-    labels = [
-      names[label["id"]] for label in tube["labels"] if label["start_frame"] <= index < label["end_frame"]
-    ]
+    labels = [names[label["id"]] for label in tube["labels"] if label["start_frame"] <= index < label["end_frame"]]
     caption = ", ".join(name.split(" (")[0] for name in labels)
     at = (2, height + 11 + 12 * number)
     cv2.putText(cell, caption, at, cv2.FONT_HERSHEY_SIMPLEX, 0.38, color, 1, cv2.LINE_AA)
@@ -360,9 +348,7 @@ def main() -> None:
     description="Renders a synthetic action detection set: mp4 videos, AVA CSV and tubes.",
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
-  parser.add_argument(
-    "--output", required=True, metavar="DIR", default=argparse.SUPPRESS, help="directory of the set"
-  )
+  parser.add_argument("--output", required=True, metavar="DIR", default=argparse.SUPPRESS, help="directory of the set")
   parser.add_argument("--level", choices=list(scenes.LEVELS), default="easy", help="how hard it is")
   parser.add_argument("--num-train", type=int, default=600, metavar="N", help="training videos")
   parser.add_argument("--num-val", type=int, default=120, metavar="N", help="held-out videos")
@@ -371,9 +357,7 @@ def main() -> None:
   parser.add_argument("--fps", type=float, default=25, help="frames a second")
   parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives another set")
   parser.add_argument("--workers", type=int, metavar="N", help="processes; one a core where not given")
-  parser.add_argument(
-    "--contact-sheet", metavar="PNG", help="also paint frames with boxes and class names, to look at"
-  )
+  parser.add_argument("--contact-sheet", metavar="PNG", help="also paint frames with boxes and class names, to look at")
   args = vars(parser.parse_args())
   directory, sheet = args.pop("output"), args.pop("contact_sheet")
   try:

@@ -92,7 +92,7 @@ class Block(nnx.Module):
     self.drop_path = DropPath(drop_path)
 
   def attention(
-    self, x: Array, rngs: nnx.Rngs | None, *, key_mask: Array | None = None, query_weight: Array | None = None
+    self, x: Array, rngs: nnx.Rngs | None, key_mask: Array | None = None, query_weight: Array | None = None
   ) -> tuple[Array, Array | None]:
     """The first half: ``x`` plus its attention, and the importance of tokens where asked for."""
     update, importance = self.attn(self.norm1(x), key_mask=key_mask, query_weight=query_weight)
@@ -102,6 +102,6 @@ class Block(nnx.Module):
     """The second half."""
     return x + self.drop_path(self.mlp(self.norm2(x)), rngs)
 
-  def __call__(self, x: Array, rngs: nnx.Rngs | None = None, *, key_mask: Array | None = None) -> Array:
+  def __call__(self, x: Array, rngs: nnx.Rngs | None = None, key_mask: Array | None = None) -> Array:
     """``[B, N, C]`` to ``[B, N, C]``."""
-    return self.feed_forward(self.attention(x, rngs, key_mask=key_mask)[0], rngs)
+    return self.feed_forward(self.attention(x, rngs, key_mask)[0], rngs)

@@ -53,9 +53,7 @@ class FrameMap(NamedTuple):
   iou: float
 
 
-def frame_map(
-  ground_truth: Rows, detections: Rows, label_map: dict[int, str], *, iou: float = 0.5
-) -> FrameMap:
+def frame_map(ground_truth: Rows, detections: Rows, label_map: dict[int, str], *, iou: float = 0.5) -> FrameMap:
   """Frame-mAP by the protocol of the official ActivityNet evaluator of AVA.
 
   Rows of classes outside the label map and detections on keyframes without annotation are left out. The
@@ -102,17 +100,14 @@ def frame_map(
   num_truth = {int(c): int(n) for c, n in zip(classes, _count(truth.action, classes), strict=True)}
   by_class = curves(found.action[order], found.extra[order], correct[order], num_truth)
   ap = {
-    c: average_precision(curve.precision, curve.recall) if num_truth[c] else np.nan
-    for c, curve in by_class.items()
+    c: average_precision(curve.precision, curve.recall) if num_truth[c] else np.nan for c, curve in by_class.items()
   }
   return FrameMap(
     mean_ap=float(np.nanmean(list(ap.values()))),
     ap=ap,
     num_ground_truth=num_truth,
     num_detections={int(c): int(n) for c, n in zip(classes, _count(found.action, classes), strict=True)},
-    num_true_positives={
-      int(c): int(n) for c, n in zip(classes, _count(found.action[correct], classes), strict=True)
-    },
+    num_true_positives={int(c): int(n) for c, n in zip(classes, _count(found.action[correct], classes), strict=True)},
     curves=by_class,
     num_keyframes=num_keyframes,
     iou=iou,
@@ -156,9 +151,7 @@ def keyframe_ids(ground_truth: Rows, detections: Rows) -> tuple[np.ndarray, np.n
   video_ids = {video: index for index, video in enumerate(dict.fromkeys(ground_truth.video))}
   video, time = (
     np.concatenate(columns)
-    for columns in zip(
-      *(_video_and_time(rows, video_ids) for rows in (ground_truth, detections)), strict=True
-    )
+    for columns in zip(*(_video_and_time(rows, video_ids) for rows in (ground_truth, detections)), strict=True)
   )
   times, time = np.unique(time, return_inverse=True)
   key = np.where(video < 0, -1, video * len(times) + time)
@@ -237,9 +230,7 @@ def curves(
   order = np.lexsort((-np.arange(len(score)), -score, action))
   action, score, correct = action[order], score[order], correct[order]
   classes = np.array(list(num_ground_truth))
-  bounds = zip(
-    np.searchsorted(action, classes, "left"), np.searchsorted(action, classes, "right"), strict=True
-  )
+  bounds = zip(np.searchsorted(action, classes, "left"), np.searchsorted(action, classes, "right"), strict=True)
   result = {}
   for (index, total), (start, stop) in zip(num_ground_truth.items(), bounds, strict=True):
     hits = np.cumsum(correct[start:stop], dtype=np.float64)
@@ -271,9 +262,7 @@ def _check(ground_truth: Rows, detections: Rows, iou: float) -> None:
   bad = np.flatnonzero((x1 > x2) | (y1 > y2))
   if len(bad):
     box = ground_truth.boxes[bad[0]].tolist()
-    raise ValueError(
-      f"{_name_row('annotation', ground_truth, bad[0])}: {box} is inverted; expected x1,y1,x2,y2"
-    )
+    raise ValueError(f"{_name_row('annotation', ground_truth, bad[0])}: {box} is inverted; expected x1,y1,x2,y2")
 
 
 def _name_row(kind: str, rows: Rows, index: int) -> str:

@@ -72,7 +72,9 @@ VARIANTS = {
   "vit_b": Variant(768, 12, 12, (3, 6, 9), (2, 5, 8, 11), 384, 6, 6),
   "vit_l": Variant(1024, 24, 16, (6, 12, 18), (5, 11, 17, 23), 512, 8, 12),
   "tiny": Variant(96, 8, 3, (2, 4, 6), (1, 3, 5, 7), 48, 3, 2, 4, 256, 128, 2, 16, 64, 20),
-  "quickstart": Variant(128, 4, 4, (2,), (0, 1, 2, 3), 128, 4, 2, 6, 96, 192, 2, 16, 128, 10, 64.0, from_scratch=True),
+  "quickstart": Variant(
+    128, 4, 4, (1, 2), (0, 1, 2, 3), 128, 4, 2, 6, 64, 192, 2, 16, 128, 10, 64.0, from_scratch=True
+  ),
 }
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of RGB in [0, 1], all channels
@@ -182,7 +184,7 @@ class EVAD(nnx.Module):
       batch["video"], batch["video_size"], mean=PIXEL_MEAN, std=PIXEL_STD, dtype=self.compute_dtype
     )
     size = jnp.asarray(batch["video_size"])[:, ::-1]
-    frame_size = jnp.concatenate([size, size], -1).astype(jnp.promote_types(video.dtype, jnp.float32))
+    frame_size = jnp.maximum(jnp.concatenate([size, size], -1), 1).astype(jnp.promote_types(video.dtype, jnp.float32))
 
     out: dict[str, Any] = {"frame_size": frame_size}
     tokens, places, maps = self.encode(video, pixel_mask, rngs, out)
@@ -221,7 +223,7 @@ class EVAD(nnx.Module):
       weight = None
       if prune:
         weight = jnp.ones(x.shape[1]).at[:protected].set(self.keyframe_weight)
-      x, importance = self.maybe_remat(Block.attention)(block, x, rngs, key_mask=mask, query_weight=weight)
+      x, importance = self.maybe_remat(Block.attention)(block, x, rngs, mask, weight)
       if prune:
         out["importance"].append(importance)
         x, mask = places.keep(x, mask, importance, self.keep_rate)
@@ -274,7 +276,7 @@ class EVAD(nnx.Module):
       mask = jnp.concatenate([places.mask, jnp.ones(actors.shape[:2], bool)], axis=1)
     logits, out["decoder_tokens"] = [], []
     for block in self.decoder.blocks:
-      x = self.maybe_remat(Block.__call__)(block, x, rngs, key_mask=mask)
+      x = self.maybe_remat(Block.__call__)(block, x, rngs, mask)
       out["decoder_tokens"].append(x)
     sources = out["decoder_tokens"] or [x]
     for source, classifier in zip(sources, self.decoder.classifiers, strict=True):
@@ -304,9 +306,11 @@ class EVAD(nnx.Module):
     Returns:
       Scalar, and the weighted terms by name; ``_i`` marks those of earlier layers.
     """
-    targets, labels = jnp.asarray(batch["boxes"]), jnp.asarray(batch["labels"])
     real = jnp.asarray(batch["key"]) >= 0
     actors = jnp.asarray(batch["box_mask"]) & real[:, None]
+    # What stands in padded slots must not even reach the arithmetic: NaN times zero is NaN in the gradient.
+    targets = jnp.where(actors[..., None], batch["boxes"], 0)
+    labels = jnp.where(actors[..., None], batch["labels"], 0)
     num_actors = jnp.maximum(actors.sum(), 1)
     match = match & real[:, None, None]
     l1, giou = losses.box_costs(out["boxes"] / out["frame_size"][:, None], targets[None])

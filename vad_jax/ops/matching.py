@@ -5,6 +5,7 @@ actor. Two solvers make that mask at the same total cost: ``device`` stays on th
 ``scipy`` runs on the host that owns each shard.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -37,14 +38,9 @@ def match(costs: Array, valid: Array, method: Method = "device") -> Array:
   if num_actors == 0 or num_predictions == 0:
     return jnp.zeros(costs.shape, bool)
   columns = jnp.broadcast_to(valid[..., None, :], costs.shape)
-  costs = _prepare(costs, columns)
-  if method == "device":
-    solve = _solve_on_device
-  elif method == "scipy":
-    solve = _solve_on_host
-  else:
-    raise ValueError(f"unknown matcher {method!r}: choose device or scipy")
-  return solve(costs) & columns
+  if method not in _SOLVERS:
+    raise ValueError(f"unknown matcher {method!r}: choose {' or '.join(_SOLVERS)}")
+  return _on_every_shard(_SOLVERS[method], _prepare(costs, columns)) & columns
 
 
 def _prepare(costs: Array, columns: Array) -> Array:
@@ -62,30 +58,27 @@ def _prepare(costs: Array, columns: Array) -> Array:
   return jnp.where(columns, costs, spread * (min(costs.shape[-2:]) + 2) ** 2)
 
 
+def _on_every_shard(solve: Callable[[Array], Array], costs: Array) -> Array:
+  """Solves the images where they are: nothing is gathered, within a host or across hosts."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
+  if not axes or mesh.size == 1:
+    return solve(costs)
+  spec = jax.sharding.PartitionSpec(*([None] * (costs.ndim - 3)), axes)
+  return jax.shard_map(solve, in_specs=spec, out_specs=spec, check_vma=False)(costs)
+
+
 def _solve_on_device(costs: Array) -> Array:
   def solve(cost: Array) -> Array:
     rows, columns = optax.assignment.hungarian_algorithm(cost)
     return jnp.zeros(cost.shape, bool).at[rows, columns].set(True)
 
-  flat = costs.reshape(-1, *costs.shape[-2:]) if costs.ndim != 3 else costs
-  return jax.vmap(solve)(flat).reshape(costs.shape)
+  return jax.vmap(solve)(costs.reshape(-1, *costs.shape[-2:])).reshape(costs.shape)
 
 
 def _solve_on_host(costs: Array) -> Array:
-  shape = jax.ShapeDtypeStruct(costs.shape, np.bool_)
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
-  if not axes or mesh.size == 1:
-    return jax.pure_callback(_scipy_masks, shape, costs, vmap_method="expand_dims")
-
-  def local(costs: Array) -> Array:
-    return jax.pure_callback(
-      _scipy_masks, jax.ShapeDtypeStruct(costs.shape, np.bool_), costs, vmap_method="expand_dims"
-    )
-
-  # Inside shard_map each device hands over its own images: nothing is gathered, within a host or across hosts.
-  spec = jax.sharding.PartitionSpec(*([None] * (costs.ndim - 3)), axes)
-  return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(costs)
+  result = jax.ShapeDtypeStruct(costs.shape, np.bool_)
+  return jax.pure_callback(_scipy_masks, result, costs, vmap_method="expand_dims")
 
 
 def _scipy_masks(costs: np.ndarray) -> np.ndarray:
@@ -95,3 +88,6 @@ def _scipy_masks(costs: np.ndarray) -> np.ndarray:
   for index in np.ndindex(costs.shape[:-2]):
     masks[index][linear_sum_assignment(costs[index])] = True
   return masks
+
+
+_SOLVERS: dict[str, Callable[[Array], Array]] = {"device": _solve_on_device, "scipy": _solve_on_host}

@@ -1,0 +1,31 @@
+"""Box geometry against numbers worked out by hand, on numpy and JAX arrays."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vad_jax.ops import boxes
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_by_hand(xp):
+  a = xp.array([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]])
+  b = xp.array([[1.0, 1.0, 3.0, 3.0], [2.0, 2.0, 3.0, 3.0]])
+  np.testing.assert_allclose(boxes.area(a), [4, 1])
+  np.testing.assert_allclose(boxes.iou(a, b), [1 / 7, 0], rtol=1e-6)
+  np.testing.assert_allclose(boxes.generalized_iou(a, b), [1 / 7 - 2 / 9, -7 / 9], rtol=1e-6)
+  np.testing.assert_allclose(boxes.xyxy_to_cxcywh(b), [[2, 2, 2, 2], [2.5, 2.5, 1, 1]])
+  np.testing.assert_allclose(boxes.cxcywh_to_xyxy(boxes.xyxy_to_cxcywh(a)), a)
+  assert isinstance(boxes.iou(a, b), np.ndarray) == (xp is np)
+
+
+def test_empty_boxes_give_zero_not_nan():
+  empty = np.zeros((1, 4))
+  assert boxes.iou(empty, empty) == 0 and boxes.generalized_iou(empty, empty) == 0
+
+
+def test_deltas():
+  box = np.array([[10.0, 10.0, 20.0, 30.0]])
+  moved = boxes.apply_deltas(box, np.array([[1.0, -1.0, np.log(2.0), 0.0]]), weights=(2, 2, 1, 1))
+  np.testing.assert_allclose(moved, [[10, 0, 30, 20]])
+  assert np.isfinite(boxes.apply_deltas(box, np.full((1, 4), 1e4), weights=(1, 1, 1, 1))).all()
