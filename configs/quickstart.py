@@ -12,8 +12,8 @@ def get_config(arg: str | None = None) -> common.Config:
   """Arguments: ``tiny``, which shows that everything runs, and learns nothing."""
   options = common.parse_arg(arg, tiny=False)
   config = common.base()
-  config.num_epochs = 8.0
-  config.batch_size = 8
+  config.num_epochs = 4.0
+  config.batch_size = 4
   config.data = ConfigDict(
     {
       "name": "synthetic",
@@ -24,15 +24,15 @@ def get_config(arg: str | None = None) -> common.Config:
       "size": (160, 120),
     }
   )
-  config.clip = ConfigDict({"num_frames": 8, "frame_stride": 3, "fps": 25.0})
+  config.clip = ConfigDict({"num_frames": 8, "frame_stride": 4, "fps": 25.0})
   config.canvas, config.short_side, config.max_boxes = (96, 128), 96, 4
-  config.augment.color = 0.1
-  config.model = ConfigDict({"name": "evad", "variant": "quickstart", "keep_rate": 0.7, "drop_path": 0.0})
+  config.augment.color = 0.15
+  config.model = ConfigDict({"name": "evad", "variant": "quickstart", "drop_path": 0.0})
   config.optimizer.weight_decay = 0.05
   config.optimizer.clip_norm = 1.0
-  config.schedule = ConfigDict({"name": "cosine", "learning_rate": 1.5e-3, "warmup": 0.02})
-  config.eval.every_epochs = 4.0
-  config.log.every_steps = 20
+  config.schedule = ConfigDict({"name": "cosine", "learning_rate": 1e-3, "warmup": 0.02})
+  config.eval.every_epochs = 2.0
+  config.log.every_steps = 50
   if options.tiny:
     config.num_steps = 4
     config.batch_size = 2
