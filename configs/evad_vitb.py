@@ -1,10 +1,9 @@
 """EVAD with ViT-B on AVA, the recipe of the paper and its code (32.3 mAP at keep rate 0.7, short side 288).
 
     python -m vad_jax.main --config configs/evad_vitb.py --workdir runs/evad_vitb
-    python -m vad_jax.main --config configs/evad_vitb.py:keep_rate=0.6,short_side=224 --workdir
-    runs/evad_b_224 python -m vad_jax.main --config configs/evad_vitb.py:ablation=random_pruning --workdir
-    runs/random_pruning python -m vad_jax.main --config configs/evad_vitb.py:tiny --config.data.name=synthetic
-    --workdir runs/try
+    python -m vad_jax.main --config configs/evad_vitb.py:keep_rate=0.6,short_side=224 --workdir runs/b_224
+    python -m vad_jax.main --config configs/evad_vitb.py:ablation=random_pruning --workdir runs/random
+    python -m vad_jax.main --config configs/evad_vitb.py:tiny --config.data.name=synthetic --workdir runs/try
 
 The learning rate belongs to a batch of 16 clips.
 """

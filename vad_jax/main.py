@@ -202,6 +202,7 @@ def _train(
     "canvas": list(config.canvas),
     "short_side": config.short_side,
     "label_map": sets["train"].label_map,
+    "data": config.data.to_dict(),
   }
   batches = train_batches(
     sets["train"],

@@ -115,7 +115,7 @@ def predict_video(
   actor_threshold: float = 0.5,
   action_threshold: float = 0.3,
   top_k: int = 3,
-  nms: float | None = None,
+  nms: float | None = 0.7,
   batch_size: int = 4,
   draw: bool = True,
 ) -> Prediction:
@@ -509,7 +509,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     "--action-threshold", default=0.3, type=_share, help="lowest score of an action; default: %(default)s"
   )
   parser.add_argument("--top-k", default=3, type=_count, help="most actions for one person; default: %(default)s")
-  parser.add_argument("--nms", type=_share, help="drop boxes that overlap a better one by more than this IoU")
+  parser.add_argument(
+    "--nms",
+    default=0.7,
+    type=_share,
+    help="drop boxes that overlap a better one by more than this IoU, 1 keeps all; default: %(default)s",
+  )
   parser.add_argument("--batch-size", default=4, type=_count, help="clips at once; default: %(default)s")
   parser.add_argument("--no-video", action="store_true", help="write only CSV and JSON")
   options = parser.parse_args(arguments)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import evad_vitb
 from tests import golden_files, seeded
-from vad_jax import convert
+from vad_jax import convert, optim
 from vad_jax.layers.position import video_positions
 from vad_jax.models import evad
 from vad_jax.models.evad import EVAD
@@ -346,6 +347,23 @@ def test_units():
     places = evad.Places(1, (case["n"], 1, 1), 0)
     kept, _ = places.keep(jnp.zeros((1, case["n"], 1)), None, jnp.ones((1, case["n"])), case["keep_rate"])
     assert kept.shape[1] == case["kept_total"], case
+
+
+@pytest.mark.parametrize("variant", ["tiny", "vit_b"])
+def test_optimizer_groups(variant):
+  config = evad_vitb.get_config()
+  model = nnx.eval_shape(lambda: EVAD(variant=variant, rngs=nnx.Rngs(0)))
+  ours = {}
+  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    scale, decayed = optim.group_of(
+      "/".join(map(str, path)),
+      variable.shape,
+      groups=config.optimizer.groups,
+      no_decay=config.optimizer.no_decay,
+    )
+    ours[convert.published_name(path, evad.REFERENCE_NAMES)] = (scale, config.optimizer.weight_decay * decayed)
+  recorded = golden_files.load("evad/optimizer_groups")["groups"]["tiny" if variant == "tiny" else "ViT_B"]
+  assert ours == {name: (group["lr_scale"], group["weight_decay"]) for group in recorded for name in group["names"]}
 
 
 def test_pyramid_levels():

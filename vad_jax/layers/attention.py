@@ -1,5 +1,9 @@
 """Multi-head self-attention and the pre-norm transformer block of VideoMAE's ViT."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,9 +12,11 @@ from vad_jax.batch import Array
 from vad_jax.layers.drop_path import DropPath
 from vad_jax.layers.mlp import Mlp
 
+MOST_WEIGHTS = 2**28  # attention weights that one device holds at a time, 1 GiB in float32
+
 
 def attend(query: Array, key: Array, value: Array, key_mask: Array | None = None) -> Array:
-  """Scaled dot-product attention that leaves the choice of kernel to JAX: fused on a GPU in half precision.
+  """Scaled dot-product attention; on a GPU in half precision fused, so that the weights are never stored.
 
   Args:
     query, key, value: ``[B, N, heads, D]``.
@@ -21,7 +27,50 @@ def attend(query: Array, key: Array, value: Array, key_mask: Array | None = None
   """
   fused = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
   mask = None if key_mask is None else key_mask[:, None, None, :]
-  return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn" if fused else "xla")
+  if fused:
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+  plain = functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")
+  return _by_heads(plain, query, key, value)
+
+
+def attend_and_weigh(
+  query: Array, key: Array, value: Array, query_weight: Array, key_mask: Array | None = None
+) -> tuple[Array, Array]:
+  """Attention that also says how much attention every key gets; arguments as in ``attend``.
+
+  Args:
+    query_weight: ``[N]`` weight of each query in that sum.
+
+  Returns:
+    ``[B, N, heads, D]``, and the attention ``[B, N]`` that each key receives, averaged over heads and weighted queries;
+    no gradient flows through it.
+  """
+  exact = jnp.promote_types(query.dtype, jnp.float32)
+
+  def weigh(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=exact)
+    if key_mask is not None:
+      logits = jnp.where(key_mask[:, None, None, :], logits, jnp.finfo(exact).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    received = jnp.einsum("bhqk,q->bhk", jax.lax.stop_gradient(weights), query_weight) / query.shape[1]
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value), received.swapaxes(1, 2)
+
+  out, received = _by_heads(weigh, query, key, value)
+  return out, received.mean(2)
+
+
+def _by_heads(function: Callable[..., Any], query: Array, key: Array, value: Array) -> Any:
+  """Applies a function of ``[B, N, heads, D]`` arrays, head by head where the weights of all would not fit.
+
+  The results have heads on axis 2. Heads, not images, take turns, so that a batch stays spread over devices.
+  """
+  batch, queries, heads, _ = query.shape
+  devices = max(jax.sharding.get_abstract_mesh().size, 1)
+  if batch * heads * queries * key.shape[1] <= MOST_WEIGHTS * devices:
+    return function(query, key, value)
+  one_head = jax.checkpoint(lambda parts: function(*(part[:, :, None] for part in parts)))
+  results = jax.lax.map(one_head, tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value)))
+  return jax.tree.map(lambda x: jnp.moveaxis(x.squeeze(3), 0, 2), results)
 
 
 class SelfAttention(nnx.Module):
@@ -61,14 +110,7 @@ class SelfAttention(nnx.Module):
     query, key, value = jnp.split(qkv.reshape(batch, tokens, 3 * self.heads, -1), 3, axis=2)
     if query_weight is None:
       return self.proj(attend(query, key, value, key_mask).reshape(batch, tokens, dim)), None
-    scale = query.shape[-1] ** -0.5
-    exact = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=exact)
-    if key_mask is not None:
-      logits = jnp.where(key_mask[:, None, None, :], logits, jnp.finfo(exact).min)
-    attention = jax.nn.softmax(logits, axis=-1)
-    importance = jnp.einsum("bhqk,q->bk", jax.lax.stop_gradient(attention), query_weight) / (tokens * self.heads)
-    out = jnp.einsum("bhqk,bkhd->bqhd", attention.astype(value.dtype), value)
+    out, importance = attend_and_weigh(query, key, value, query_weight, key_mask)
     return self.proj(out.reshape(batch, tokens, dim)), importance
 
 
