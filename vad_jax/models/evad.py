@@ -206,34 +206,30 @@ class EVAD(nnx.Module):
     embedded = self.backbone.embed(video)
     batch, t, h, w, _ = embedded.shape
     x = keyframe_first(embedded)
-    mask = None
-    if self.mask_padding:
-      _, ph, pw = self.backbone.patch
-      mask = jnp.repeat(pixel_mask[:, ::ph, ::pw].reshape(batch, 1, h * w), t, axis=1).reshape(batch, -1)
+    _, ph, pw = self.backbone.patch
+    real = pixel_mask[:, ::ph, ::pw].reshape(batch, h * w) if self.mask_padding else jnp.ones((batch, h * w), bool)
     protected = 0 if self.pruning == "unified" else h * w
-    places = Places(batch, (t, h, w), protected)
+    places = Places(jnp.tile(real, (1, t)), (t, h, w), protected)
     if self.pruning == "random" and self.keep_rate < 1:
       key = rngs.dropout() if rngs is not None else jax.random.key(0)
-      x, mask = places.keep(x, mask, jax.random.uniform(key, (batch, t * h * w)), self.keep_rate)
+      x = places.keep(x, jax.random.uniform(key, (batch, t * h * w)), self.keep_rate)
 
     out.update(tokens_in=x, block_tokens=[], kept=places.history, importance=[], dropped_tokens=places.dropped)
     maps = []
     for index, block in enumerate(self.backbone.blocks):
       prune = index in self.prune_at and self.keep_rate < 1 and self.pruning != "random"
-      weight = None
-      if prune:
-        weight = jnp.ones(x.shape[1]).at[:protected].set(self.keyframe_weight)
+      weight = jnp.ones(x.shape[1]).at[:protected].set(self.keyframe_weight) if prune else None
+      mask = places.mask if self.mask_padding else None
       x, importance = self.maybe_remat(Block.attention)(block, x, rngs, mask, weight)
       if prune:
         out["importance"].append(importance)
-        x, mask = places.keep(x, mask, importance, self.keep_rate)
+        x = places.keep(x, importance, self.keep_rate)
       x = self.maybe_remat(Block.feed_forward)(block, x, rngs)
       out["block_tokens"].append(x)
       if index in self.sizes.fpn_at:
         maps.append(places.keyframe_map(x))
     if self.decoder_tokens == "all":
-      x, mask = places.bring_back(x, mask)
-    places.mask = mask
+      x = places.bring_back(x)
     out["tokens"] = self.backbone.norm(x)
     return out["tokens"], places, maps
 
@@ -272,7 +268,7 @@ class EVAD(nnx.Module):
     out.update(narrow_tokens=narrow, restored=restored, extended_boxes=extended, actor_features=actors, decoder_in=x)
 
     mask = None
-    if places.mask is not None:
+    if self.mask_padding:
       mask = jnp.concatenate([places.mask, jnp.ones(actors.shape[:2], bool)], axis=1)
     logits, out["decoder_tokens"] = [], []
     for block in self.decoder.blocks:
@@ -353,59 +349,46 @@ class EVAD(nnx.Module):
 class Places:
   """Where each token of the stream came from, while tokens are dropped.
 
-  The stream holds ``protected`` tokens that are never dropped (the keyframe's), then the rest. ``history`` lists the
-  places of the rest after each pruning, counted from the first unprotected place of the keyframe-first sequence.
+  The stream holds ``protected`` tokens that are never dropped (the keyframe's), then the rest.
+
+  Attributes:
+    place: ``[B, n]`` place of every token of the stream in the keyframe-first sequence.
+    mask: ``[B, n]`` bool, False for padded tokens.
+    history: places of the rest after each pruning, counted from the first of them.
+    dropped: tokens, places and mask that each pruning took out.
   """
 
-  def __init__(self, batch: int, grid: tuple[int, int, int], protected: int):
-    self.grid, self.protected = grid, protected
+  def __init__(self, mask: Array, grid: tuple[int, int, int], protected: int):
+    self.grid, self.protected, self.mask = grid, protected, mask
     self.key_tokens, self.total = grid[1] * grid[2], math.prod(grid)
-    self.kept = jnp.broadcast_to(jnp.arange(self.total - protected), (batch, self.total - protected))
+    self.place = jnp.broadcast_to(jnp.arange(self.total), mask.shape)
     self.history: list[Array] = []
-    self.dropped: list[tuple[Array, Array, Array | None]] = []  # tokens, places, mask at each pruning
-    self.mask: Array | None = None
+    self.dropped: list[tuple[Array, ...]] = []
 
-  def keep(self, x: Array, mask: Array | None, importance: Array, rate: float) -> tuple[Array, Array | None]:
+  def keep(self, x: Array, importance: Array, rate: float) -> Array:
     """Keeps the most important ``ceil(rate * tokens)`` tokens, protected ones included, in descending order."""
-    count = max(math.ceil(rate * x.shape[1]) - self.protected, 0)
-    rest = x[:, self.protected :]
-    if count >= rest.shape[1]:
-      self.history.append(self.kept)
-      return x, mask
-    importance = importance[:, self.protected :]
-    if mask is not None:
-      importance = jnp.where(mask[:, self.protected :], importance, -1)
-    order = jax.lax.top_k(importance, rest.shape[1])[1]
+    count = max(math.ceil(rate * x.shape[1]), self.protected)
+    if count < x.shape[1]:
+      ranked = jnp.where(self.mask, importance, -1)[:, self.protected :]
+      order = jax.lax.top_k(ranked, ranked.shape[1])[1] + self.protected
+      first = jnp.broadcast_to(jnp.arange(self.protected), (len(x), self.protected))
+      order = jnp.concatenate([first, order], axis=1)
+      stream = (x, self.place, self.mask)
+      self.dropped.append(tuple(_take(values, order[:, count:]) for values in stream))
+      x, self.place, self.mask = (_take(values, order[:, :count]) for values in stream)
+    self.history.append(self.place[:, self.protected :] - self.protected)
+    return x
 
-    def split(values: Array, index: Array) -> Array:
-      return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), axis=1)
-
-    chosen, others = order[:, :count], order[:, count:]
-    rest_mask = None if mask is None else mask[:, self.protected :]
-    self.dropped.append(
-      (split(rest, others), split(self.kept, others), None if rest_mask is None else split(rest_mask, others))
-    )
-    self.kept = split(self.kept, chosen)
-    self.history.append(self.kept)
-    x = jnp.concatenate([x[:, : self.protected], split(rest, chosen)], axis=1)
-    if mask is not None and rest_mask is not None:
-      mask = jnp.concatenate([mask[:, : self.protected], split(rest_mask, chosen)], axis=1)
-    return x, mask
-
-  def bring_back(self, x: Array, mask: Array | None) -> tuple[Array, Array | None]:
+  def bring_back(self, x: Array) -> Array:
     """Appends every dropped token as it was when it was dropped."""
-    for tokens, places, dropped_mask in self.dropped:
-      x = jnp.concatenate([x, tokens], axis=1)
-      self.kept = jnp.concatenate([self.kept, places], axis=1)
-      if mask is not None and dropped_mask is not None:
-        mask = jnp.concatenate([mask, dropped_mask], axis=1)
-    return x, mask
+    streams = zip((x, self.place, self.mask), *self.dropped, strict=True)
+    x, self.place, self.mask = (jnp.concatenate(values, axis=1) for values in streams)
+    return x
 
   def slots(self, *, sort: bool) -> Array:
-    """Place ``[B, n]`` of every token of the stream in the keyframe-first sequence; ``sort``: the official mix-up."""
-    rest = (jnp.sort(self.kept, axis=1) if sort else self.kept) + self.protected
-    first = jnp.broadcast_to(jnp.arange(self.protected), (len(rest), self.protected))
-    return jnp.concatenate([first, rest], axis=1)
+    """Slot ``[B, n]`` of every token in the whole sequence: its place, or with ``sort`` the official mix-up."""
+    first, rest = self.place[:, : self.protected], self.place[:, self.protected :]
+    return jnp.concatenate([first, jnp.sort(rest, axis=1)], axis=1) if sort else self.place
 
   def restore(self, x: Array, slots: Array, fill: Array) -> Array:
     """Puts tokens ``[B, n, C]`` into their slots of the whole sequence ``[B, N, C]``, ``fill`` elsewhere."""
@@ -417,6 +400,11 @@ class Places:
     if self.protected < self.key_tokens:
       x = self.restore(x, self.slots(sort=False), jnp.zeros((), x.dtype))
     return x[:, : self.key_tokens].reshape(x.shape[0], *self.grid[1:], x.shape[-1])
+
+
+def _take(values: Array, index: Array) -> Array:
+  """Rows ``[B, k, ...]`` of ``[B, n, ...]``."""
+  return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), axis=1)
 
 
 def keyframe_first(x: Array) -> Array:
