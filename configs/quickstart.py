@@ -12,7 +12,7 @@ def get_config(arg: str | None = None) -> common.Config:
   """Arguments: ``tiny``, which shows that everything runs, and learns nothing."""
   options = common.parse_arg(arg, tiny=False)
   config = common.base()
-  config.num_epochs = 3.5
+  config.num_epochs = 4.0
   config.batch_size = 4
   config.data = ConfigDict(
     {
@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> common.Config:
   config.optimizer.weight_decay = 0.05
   config.optimizer.clip_norm = 1.0
   config.schedule = ConfigDict({"name": "cosine", "learning_rate": 1e-3, "warmup": 0.02})
-  config.eval.every_epochs = 1.75
+  config.eval.every_epochs = 2.0
   config.log.every_steps = 50
   if options.tiny:
     config.num_steps = 4
