@@ -314,7 +314,7 @@ def _write_results(
   label_map = loaded.info["label_map"]
   write_ava_csv(workdir / "detections.csv", evaluation.detections)
   source = _held_out_video(sets["val"])
-  video = source and predict.predict_video(loaded, source, workdir / "videos").video
+  video = source and predict.predict_video(loaded, source, workdir / "videos", stride=0.25).video
   labels = sum((keyframe.labels.sum(0) for keyframe in sets["train"].keyframes), np.zeros(sets["train"].num_classes))
   numbers = {**numbers, "wall_seconds": time.perf_counter() - begun}
   write_report(
@@ -346,11 +346,11 @@ def _write_results(
 
 
 def _held_out_video(dataset: KeyframeDataset) -> Path | None:
-  """The video file of the first keyframe, beside the folder that its frames are read from."""
+  """The video file of the keyframe in the middle, beside the folder that its frames are read from."""
   frames: Any = dataset.frames
   for parent in frames.directory.absolute().parents:
     if (parent / "videos" / "val").is_dir():
-      return video_files(parent / "videos" / "val").get(dataset.keyframes[0].video)
+      return video_files(parent / "videos" / "val").get(dataset.keyframes[len(dataset) // 2].video)
   return None
 
 

@@ -39,7 +39,9 @@ def bar(
       task = progress.add_task(description, total=total, completed=start, note="")
 
       def advance(amount: int = 1, note: str = "") -> None:
-        progress.update(task, advance=amount, **({"note": note} if note else {}))
+        progress.update(task, advance=amount)
+        if note:
+          progress.update(task, note=note)
 
       yield advance
     return

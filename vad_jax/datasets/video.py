@@ -24,6 +24,7 @@ import av.container
 import av.error
 import numpy as np
 from av.audio.resampler import AudioResampler
+from av.video.reformatter import VideoReformatter
 
 from vad_jax import progress
 
@@ -355,7 +356,7 @@ class VideoWriter:
       raise VideoError(f"{path}: cannot be written ({error.strerror})") from None
     self._pts = -1
     self._audio = None
-    self._reformatter = av.video.reformatter.VideoReformatter()
+    self._reformatter = VideoReformatter()
     try:
       self._start(Fraction(fps).limit_denominator(1001))
       if audio_from is not None:
