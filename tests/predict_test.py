@@ -100,7 +100,7 @@ def test_clips_are_read_at_the_keyframes(loaded, ramp, batch_size):
 
 @pytest.fixture(scope="module")
 def checkpoint_of_evad(tmp_path_factory):
-  model = {"name": "evad", "variant": "quickstart", "num_classes": 3, "stem": "convolution"}
+  model = {"name": "evad", "variant": "quickstart", "num_classes": 3}
   info = {
     "model": model,
     "clip": CLIP,

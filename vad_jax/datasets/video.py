@@ -24,7 +24,7 @@ import av.container
 import av.error
 import numpy as np
 from av.audio.resampler import AudioResampler
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from vad_jax import progress
 
@@ -392,7 +392,9 @@ class VideoWriter:
     if self.size[0] % 2 or self.size[1] % 2:
       frame = np.pad(frame, [(0, self.size[0] % 2), (0, self.size[1] % 2), (0, 0)], mode="edge")
     picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-    picture = self._reformatter.reformat(picture, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+    picture = self._reformatter.reformat(
+      picture, format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
     picture.pts, picture.time_base, picture.duration = pts, self._time_base, self._ticks
     self._container.mux(self._stream.encode(picture))
     if self._audio:
