@@ -15,6 +15,8 @@ def base() -> Config:
   config.num_epochs = 12.0
   config.num_steps = config_dict.placeholder(int)  # counts instead of num_epochs where it is set
   config.batch_size = 16  # over all devices
+  # Examples that a device takes at once; losses are means over them, then over all such parts of a batch.
+  config.microbatch = config_dict.placeholder(int)
   config.workers = 0  # processes that load data; 0 loads in threads
 
   # Name of the system and arguments of its constructor; the number of classes comes from the data.

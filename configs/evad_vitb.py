@@ -34,6 +34,7 @@ def get_config(arg: str | None = None) -> common.Config:
   config = common.base()
   config.num_epochs = 12.0
   config.batch_size = 16
+  config.microbatch = 2  # the official losses are means over the two clips of a GPU
   config.data.name = "ava"
   config.short_side = options.short_side
   config.canvas = (options.short_side, -(-options.short_side * 16 // 9 // 32) * 32)  # holds 16:9 in full size

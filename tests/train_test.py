@@ -225,3 +225,31 @@ def test_stop_while_evaluating_repeats_the_evaluation(tmp_path: Path) -> None:
   result, scalars = run(tmp_path, 4, evaluate_every=2, evaluate=lambda *_: seen.append(1) or {"frame_map_50": 0.2})
   assert (result.steps, len(seen)) == (2, 2)
   assert "eval/frame_map_50" in scalars[2]
+
+
+@pytest.mark.parametrize("shape", [{"data": 1}, {"data": 2, "fsdp": 2}], ids=str)
+def test_gradients_are_means_over_microbatches(shape):
+  """Also where each device holds several: no row is lost, doubled or moved to another one's part."""
+  rows = np.arange(1.0, 9.0, dtype=np.float32)
+
+  def loss_fn(params, rest, batch, key):
+    del key
+    part = (params * batch["key"]) ** 2
+    return part.sum() / batch["key"].max(), ({"rows": batch["key"].sum()}, rest + batch["key"].sum())
+
+  size = int(np.prod(list(shape.values())))
+  mesh = sharding.make_mesh(shape, jax.devices()[:size])
+  with jax.set_mesh(mesh):
+    batch = sharding.to_global({"key": rows}, mesh)
+    step = jax.jit(partial(train._mean_gradients, loss_fn, microbatch=1))
+    (loss, (terms, rest)), gradient = step(np.float32(2.0), np.float32(0.0), batch, jax.random.key(0))
+  parts = [rows.reshape(size, -1)[:, i] for i in range(8 // size)]
+  expected = np.mean([4 * (part**2).sum() / part.max() for part in parts])
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  np.testing.assert_allclose(gradient, expected, rtol=1e-6)  # d(p^2)/dp = p^2 at 2
+  assert rest == rows.sum() and terms["rows"] == rows.sum() / len(parts)
+
+
+def test_microbatch_has_to_divide_the_batch():
+  with pytest.raises(ValueError, match=r"6 examples .* parts of 4"):
+    train._mean_gradients(lambda *_: 0.0, 0.0, 0.0, {"key": np.zeros(6)}, jax.random.key(0), 4)

@@ -233,6 +233,7 @@ def _train(
       writer=writer,
       sharding=config.sharding,
       matcher=config.matcher,
+      microbatch=config.microbatch,
       ema_decay=config.ema_decay,
       seed=config.seed,
       log_every=config.log.every_steps,

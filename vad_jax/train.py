@@ -74,6 +74,7 @@ def train(
   writer: ScalarWriter,
   sharding: str = "replicate",
   matcher: Method = "device",
+  microbatch: int | None = None,
   ema_decay: float | None = None,
   seed: int = 0,
   log_every: int = 50,
@@ -96,6 +97,8 @@ def train(
     writer: gets the mean of every loss term, gradient norm and so on over the last ``log_every`` steps.
     sharding: ``replicate`` or ``fsdp``.
     matcher: ``device`` or ``scipy``.
+    microbatch: examples that a device takes at once, to save memory; gradients are means over all such parts of
+      a batch. None takes all at once.
     ema_decay: keeps an exponential moving average of the parameters, which is then evaluated and saved as the
       best.
     seed: of the parameters and of all randomness in the steps.
@@ -116,7 +119,9 @@ def train(
   restored = checkpoints.restore(abstract, batches)
   state, info = restored or (init(), {**info, "metrics": {}})
   step = first = int(state["step"])
-  train_step = make_train_step(graphdef, optimizer, learning_rate, seed=seed, matcher=matcher, ema_decay=ema_decay)
+  train_step = make_train_step(
+    graphdef, optimizer, learning_rate, seed=seed, matcher=matcher, microbatch=microbatch, ema_decay=ema_decay
+  )
   compiled, compile_seconds = None, 0.0
   predict = jax.jit(make_predict(graphdef))
   best = (checkpoints.best_info() or {"metrics": {}})["metrics"].get(monitor, -np.inf)
@@ -174,23 +179,23 @@ def make_train_step(
   *,
   seed: int,
   matcher: Method,
+  microbatch: int | None,
   ema_decay: float | None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
   """Makes the pure function of one step: state and batch to the next state and scalars."""
 
+  def loss_fn(params: Any, rest: Any, batch: Batch, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
+    model = nnx.merge(graphdef, params, rest)
+    model = nnx.view(model, raise_if_not_found=False, deterministic=False)
+    out = model(batch, rngs=nnx.Rngs(key))
+    costs = model.costs(out, batch)
+    mask = None if costs is None else match(costs, batch["box_mask"], matcher)
+    loss, terms = model.loss(out, batch, mask)
+    return loss, (terms, split_model(model)[2])
+
   def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state["step"])
-
-    def loss_fn(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
-      model = nnx.merge(graphdef, params, state["rest"])
-      model = nnx.view(model, raise_if_not_found=False, deterministic=False)
-      out = model(batch, rngs=nnx.Rngs(key))
-      costs = model.costs(out, batch)
-      mask = None if costs is None else match(costs, batch["box_mask"], matcher)
-      loss, terms = model.loss(out, batch, mask)
-      return loss, (terms, split_model(model)[2])
-
-    (loss, (terms, rest)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
+    (loss, (terms, rest)), grads = _mean_gradients(loss_fn, state["params"], state["rest"], batch, key, microbatch)
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     scalars = {
@@ -205,6 +210,41 @@ def make_train_step(
     return state, scalars
 
   return train_step
+
+
+def _mean_gradients(
+  loss_fn: Callable[..., Any], params: Any, rest: Any, batch: Batch, key: Array, microbatch: int | None
+) -> tuple[tuple[Array, tuple[dict[str, Array], Any]], Any]:
+  """Value and gradients of the loss, means over the parts that a batch is taken in.
+
+  Raises:
+    ValueError: a device's share of the batch does not divide into such parts.
+  """
+  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+  devices = max(jax.sharding.get_abstract_mesh().size, 1)
+  rows = batch["key"].shape[0] // devices
+  if microbatch is None or microbatch >= rows:
+    return value_and_grad(params, rest, batch, key)
+  if rows % microbatch:
+    raise ValueError(f"the {rows} examples of a device do not divide into parts of {microbatch} (config.microbatch)")
+  count = rows // microbatch
+
+  def split(x: Array) -> Array:  # every device splits its own rows: none moves
+    parts = jnp.asarray(x).reshape(devices, count, microbatch, *x.shape[1:]).swapaxes(0, 1)
+    return parts.reshape(count, devices * microbatch, *x.shape[1:])
+
+  def add(carry: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
+    sums, rest = carry
+    (loss, (terms, rest)), grads = value_and_grad(params, rest, part[1], jax.random.fold_in(key, part[0]))
+    return (jax.tree.map(jnp.add, sums, (loss, terms, grads)), rest), None
+
+  parts = jax.tree.map(split, batch)
+  first = jax.tree.map(lambda x: x[0], parts)
+  (loss, (terms, _)), grads = jax.eval_shape(value_and_grad, params, rest, first, key)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, terms, grads))
+  (sums, rest), _ = jax.lax.scan(add, (zeros, rest), (jnp.arange(count), parts))
+  loss, terms, grads = jax.tree.map(lambda x: x / count, sums)
+  return (loss, (terms, rest)), grads
 
 
 def make_predict(graphdef: Any) -> Callable[[Any, Any, Batch], Detections]:

@@ -14,7 +14,7 @@ def inputs(seed: int = 0):
   return query, key, value, jnp.asarray(rng.uniform(1, 3, 6), jnp.float32), jnp.asarray(rng.random((2, 6)) < 0.7)
 
 
-@pytest.fixture(params=[2**28, 1], ids=["whole", "head by head"])
+@pytest.fixture(params=[2**26, 1], ids=["whole", "head by head"])
 def limit(request, monkeypatch):
   monkeypatch.setattr(attention, "MOST_WEIGHTS", request.param)
 

@@ -12,7 +12,7 @@ from vad_jax.batch import Array
 from vad_jax.layers.drop_path import DropPath
 from vad_jax.layers.mlp import Mlp
 
-MOST_WEIGHTS = 2**28  # attention weights that one device holds at a time, 1 GiB in float32
+MOST_WEIGHTS = 2**26  # attention weights that one device holds at a time, 256 MiB in float32
 
 
 def attend(query: Array, key: Array, value: Array, key_mask: Array | None = None) -> Array:
