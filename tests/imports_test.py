@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "vad_jax").rglob("*.py"))
 
 # What each part of vad_jax may import of the others, besides itself, and which may be used everywhere.
-EVERYWHERE = {"", "batch", "annotations", "progress"}
+EVERYWHERE = {"", "batch", "annotations", "progress", "safe_pickle"}
 ALLOWED = {
   "ops": set(),
   "layers": {"ops"},
@@ -23,7 +23,8 @@ ALLOWED = {
   "optim": set(),
   "sharding": set(),
   "checkpoint": {"models", "optim"},
-  "convert": {"models", "backbones", "checkpoint"},
+  "weight_files": set(),
+  "convert": {"models", "backbones", "checkpoint", "weight_files"},
   "describe": {"models", "backbones", "checkpoint", "train", "optim", "sharding"},
   "train": {"checkpoint", "optim", "sharding", "ops"},
   "evaluate": {"sharding", "metrics"},
@@ -36,7 +37,8 @@ ALLOWED = {
 # Packages that only these modules may import.
 KEPT_IN = {
   "clu": {"main"},
-  "tensorflow": {"main"},
+  "tensorflow": {"main", "weight_files"},
+  "safetensors": {"weight_files"},
   "orbax": {"checkpoint"},
   "grain": {"datasets/loader"},
   "torch": {"convert"},
