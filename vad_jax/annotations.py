@@ -91,6 +91,22 @@ def read_ava_csv(path: PathLike) -> Rows:
   return Rows(np.array(video, object), table[:, 0], table[:, 1:5], table[:, 5].astype(np.int32), table[:, 6])
 
 
+def read_excluded(path: PathLike) -> set[tuple[str, float]]:
+  """Reads a list of keyframes to leave out: rows ``video_id,timestamp``.
+
+  Returns:
+    video and timestamp, in seconds, of each.
+
+  Raises:
+    AnnotationError: a row is malformed.
+    FileNotFoundError: there is no such file.
+  """
+  rows = read_ava_csv(path)
+  if rows.action.any():
+    raise AnnotationError(f"{path}: a row holds a box; expected only rows video_id,timestamp (excluded keyframes)")
+  return set(zip(rows.video.tolist(), rows.timestamp.tolist(), strict=True))
+
+
 def write_ava_csv(path: PathLike, rows: Rows, *, extra_format: str = "%.9g") -> None:
   """Writes rows; timestamps as AVA does (``0902``; sub-second ones with decimals).
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vad_jax.annotations import Rows, read_ava_csv, read_label_map
+from vad_jax.annotations import Rows, read_ava_csv, read_excluded, read_label_map
 from vad_jax.metrics import frame_map as module
-from vad_jax.metrics.frame_map import average_precision, frame_map, person_ap
+from vad_jax.metrics.frame_map import average_precision, frame_map, frame_maps, person_ap
 
 _GOLDEN = Path(__file__).parents[1] / "golden" / "ava_small"
 _EXPECTED = json.loads((_GOLDEN / "expected.json").read_text())["expected"]
@@ -32,37 +32,55 @@ def _rows(*rows):
   )
 
 
-def _ground_truth(variant):
-  if variant == "official_gt_with_empty_rows.csv":
-    return read_ava_csv(_GOLDEN / "gt_with_empty_rows.csv")
-  rows = read_ava_csv(_GOLDEN / "gt.csv")
-  if variant == "official_gt.csv":
-    return rows
-  excluded = read_ava_csv(_GOLDEN / "excluded.csv")
-  keys = set(zip(excluded.video, excluded.timestamp, strict=True))
-  return rows.select(np.array([key not in keys for key in zip(rows.video, rows.timestamp, strict=True)]))
+_EXCLUDED = read_excluded(_GOLDEN / "excluded.csv")
 
 
-@pytest.mark.parametrize(
-  "variant", ["official_gt.csv", "official_gt_minus_excluded", "official_gt_with_empty_rows.csv"]
-)
-@pytest.mark.parametrize("iou", ["0.5", "0.75"])
+def _without_excluded(rows):
+  return rows.select(np.array([key not in _EXCLUDED for key in zip(rows.video, rows.timestamp, strict=True)]))
+
+
+# Variant of the expected results: protocol, annotations, whether they come without the excluded keyframes, and
+# whether the evaluator knows of these.
+_VARIANTS = {
+  "official_gt.csv": ("activitynet", "gt.csv", False, False),
+  "official_gt_minus_excluded": ("activitynet", "gt.csv", True, False),
+  "official_gt_with_empty_rows.csv": ("activitynet", "gt_with_empty_rows.csv", False, False),
+  "slowfast_excluded": ("slowfast", "gt.csv", False, True),
+  "slowfast_excluded_presorted": ("slowfast", "gt.csv", False, True),
+  "mmaction2_excluded": ("mmaction2", "gt.csv", False, True),
+  "mmaction2_gt_minus_excluded": ("mmaction2", "gt.csv", True, False),
+}
+
+
+@pytest.mark.parametrize("variant", _VARIANTS)
 @pytest.mark.parametrize("detections", ["results.csv", "results_clean.csv"])
-def test_matches_the_official_evaluator(detections, iou, variant):
-  expected = _EXPECTED[detections][iou][variant]
+def test_matches_the_evaluators_in_use(detections, variant):
+  protocol, annotations, without, knows = _VARIANTS[variant]
   label_map = read_label_map(_GOLDEN / "labelmap.pbtxt")
-  result = frame_map(_ground_truth(variant), read_ava_csv(_GOLDEN / detections), label_map, iou=float(iou))
-  assert result.mean_ap == pytest.approx(expected["mAP"], abs=1e-12)
-  ap = {str(index): None if np.isnan(value) else value for index, value in result.ap.items()}
-  assert ap == {
-    key: None if value is None else pytest.approx(value, abs=1e-12) for key, value in expected["ap"].items()
-  }
-  for counts, key in (
-    (result.num_ground_truth, "num_gt"),
-    (result.num_detections, "num_det_scored"),
-    (result.num_true_positives, "num_tp"),
-  ):
-    assert counts == {index: expected[key].get(str(index), 0) for index in label_map}
+  truth, found = read_ava_csv(_GOLDEN / annotations), read_ava_csv(_GOLDEN / detections)
+  if without:
+    truth = _without_excluded(truth)
+  if variant.endswith("presorted"):
+    found = found.select(np.argsort(-found.extra, kind="stable"))
+  excluded = _EXCLUDED if knows else frozenset()
+  ious = [float(iou) for iou in _EXPECTED[detections]]
+  results = frame_maps(truth, found, label_map, ious=ious, protocol=protocol, excluded=excluded)
+  for result, by_variant in zip(results, _EXPECTED[detections].values(), strict=True):
+    expected = by_variant[variant]
+    assert result.mean_ap == pytest.approx(expected["mAP"], abs=1e-12)
+    for index in label_map:
+      ap = expected["ap"].get(str(index))
+      assert result.ap[index] == pytest.approx(np.nan if ap is None else ap, abs=1e-12, nan_ok=True), index
+    assert sum(np.isfinite(list(result.ap.values()))) == expected["n_classes_in_mean"]
+    for counts, key in (
+      (result.num_ground_truth, "num_gt"),
+      (result.num_detections, "num_det_scored"),
+      (result.num_true_positives, "num_tp"),
+    ):
+      assert key not in expected or counts == {index: expected[key].get(str(index), 0) for index in label_map}
+    np.testing.assert_equal(
+      frame_map(truth, found, label_map, iou=result.iou, protocol=protocol, excluded=excluded).ap, result.ap
+    )
 
 
 def _plain_map(ground_truth, detections, label_map, iou):
