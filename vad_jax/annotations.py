@@ -6,16 +6,22 @@ keyframe. The timestamp is in seconds from the start of the movie, the box norma
 A row ``video_id,timestamp`` alone says that a keyframe was annotated and holds nobody.
 """
 
+import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
 PathLike = str | os.PathLike[str]
 
-_CHUNK = 1 << 22  # characters of a CSV that are parsed at once, so that memory stays near the size of the result
+_LABELS = Path(__file__).parent / "datasets" / "labels"
+# The 60 classes that AVA is scored on, and all 80; ids and names are those of versions 2.1 and 2.2.
+LABEL_MAPS = {"ava_60": _LABELS / "ava_v2.2.pbtxt", "ava_80": _LABELS / "ava_80.pbtxt"}
+
+_CHUNK = 1 << 20  # characters of a CSV that are parsed at once, so that memory stays near the size of the result
 
 
 class AnnotationError(ValueError):
@@ -69,26 +75,33 @@ def read_ava_csv(path: PathLike) -> Rows:
     AnnotationError: a row is malformed; names the file, the line and what is wrong with it.
     FileNotFoundError: there is no such file.
   """
+  empty = Rows(np.empty(0, object), np.empty(0), np.empty((0, 4)), np.empty(0, np.int32), np.empty(0))
+  columns = [list(column) for column in zip(empty, *iterate_ava_csv(path), strict=True)]
+  return Rows(*(_join(column) for column in columns))
+
+
+def iterate_ava_csv(path: PathLike) -> Iterator[Rows]:
+  """Reads a CSV like `read_ava_csv`, part by part in flat memory.
+
+  Yields:
+    some rows; rows of one keyframe that stand together in the file come together.
+  """
   names: dict[str, str] = {}  # keeps one string for each video instead of one for each row
-  video: list[str] = []
-  tables = [np.empty((0, 7))]
-  num_lines = 0
+  number = 1
   try:
     with open(path, encoding="utf-8-sig") as file:
-      while lines := file.readlines(_CHUNK):
+      for lines in _chunks(file):
         table = _parse_full_rows(lines)
         if table is None:  # rows of several kinds, or something is wrong
-          numbered = enumerate(lines, num_lines + 1)
-          rows = [_parse_row(line, f"{path}:{number}") for number, line in numbered if line.strip()]
+          rows = [_parse_row(line, f"{path}:{place}") for place, line in enumerate(lines, number) if line.strip()]
           table = np.array(rows, np.float64).reshape(-1, 7)
         fields = (line.partition(",")[0] for line in lines if line.strip())
-        video += [names.setdefault(name, name) for name in fields]
-        tables.append(table)
-        num_lines += len(lines)
+        video = np.array([names.setdefault(name, name) for name in fields], object)
+        action = table[:, 5].astype(np.int32)
+        yield Rows(video, table[:, 0].copy(), table[:, 1:5].copy(), action, table[:, 6].copy())
+        number += len(lines)
   except UnicodeDecodeError:
     raise AnnotationError(f"{path}: not a text file; expected a CSV in UTF-8") from None
-  table = np.concatenate(tables)
-  return Rows(np.array(video, object), table[:, 0], table[:, 1:5], table[:, 5].astype(np.int32), table[:, 6])
 
 
 def read_excluded(path: PathLike) -> set[tuple[str, float]]:
@@ -105,6 +118,33 @@ def read_excluded(path: PathLike) -> set[tuple[str, float]]:
   if rows.action.any():
     raise AnnotationError(f"{path}: a row holds a box; expected only rows video_id,timestamp (excluded keyframes)")
   return set(zip(rows.video.tolist(), rows.timestamp.tolist(), strict=True))
+
+
+def read_detections_json(path: PathLike) -> tuple[Rows, Rows]:
+  """Reads the detections that ``vad_jax.predict`` writes as JSON.
+
+  Returns:
+    one row for each box and action, and one row for each box, with the actor score and action 1.
+
+  Raises:
+    AnnotationError: it is not such a file; names what is missing.
+    FileNotFoundError: there is no such file.
+  """
+  try:
+    content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    video = Path(content["video"]).stem.replace(",", "_")  # as in the CSV beside it
+    actors = [(frame["time"], actor) for frame in content["keyframes"] for actor in frame["actors"]]
+    persons = [(time, actor["box"], 1, actor["score"]) for time, actor in actors]
+    actions = [
+      (time, actor["box"], action["id"], action["score"]) for time, actor in actors for action in actor["actions"]
+    ]
+    return _same_video(video, actions), _same_video(video, persons)
+  except json.JSONDecodeError as error:
+    raise AnnotationError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+  except KeyError as error:
+    raise AnnotationError(f"{path}: not detections of vad_jax.predict: {error} is missing") from None
+  except (TypeError, ValueError) as error:
+    raise AnnotationError(f"{path}: not detections of vad_jax.predict: {error}") from None
 
 
 def write_ava_csv(path: PathLike, rows: Rows, *, extra_format: str = "%.9g") -> None:
@@ -161,13 +201,20 @@ def keyframes(rows: Rows, num_classes: int) -> list[Keyframe]:
 def read_label_map(path: PathLike) -> dict[int, str]:
   """Reads an AVA label map (``.pbtxt``): class id to name.
 
+  Args:
+    path: the file, or one of the names in `LABEL_MAPS`.
+
   Raises:
     AnnotationError: no class was found, a block lacks its name or id, or an id is 0 or stands twice.
     FileNotFoundError: there is no such file.
   """
   names: dict[int, str] = {}
-  text = Path(path).read_text(encoding="utf-8-sig")
-  for item in re.finditer(r"item\s*\{([^{}]*)\}", text):
+  path = LABEL_MAPS.get(str(path), path)
+  try:
+    text = Path(path).read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError:
+    raise AnnotationError(f"{path}: not a text file; expected a label map (.pbtxt)") from None
+  for item in re.finditer(r"\b(?:item|label)\s*\{([^{}]*)\}", text):
     place = f"{path}:{text.count(chr(10), 0, item.start()) + 1}"
     name = re.search(r'\bname:\s*"([^"]*)"', item[1])
     number = re.search(r"\b(?:label_)?id:\s*(\d+)", item[1])
@@ -188,6 +235,39 @@ def write_label_map(path: PathLike, names: dict[int, str]) -> None:
   """Writes an AVA label map (``.pbtxt``)."""
   blocks = [f'item {{\n  name: "{name}"\n  id: {index}\n}}\n' for index, name in sorted(names.items())]
   Path(path).write_text("".join(blocks), encoding="utf-8")
+
+
+def _same_video(video: str, rows: list[tuple[float, list[float], int, float]]) -> Rows:
+  time, boxes, action, score = zip(*rows, strict=True) if rows else ((),) * 4
+  return Rows(
+    np.full(len(rows), video, object),
+    np.array(time, np.float64),
+    np.array(boxes, np.float64).reshape(-1, 4),
+    np.array(action, np.int32),
+    np.array(score, np.float64),
+  )
+
+
+def _chunks(file: TextIO) -> Iterator[list[str]]:
+  """Lines of a file, some at a time; lines of one keyframe that follow each other stay together."""
+  held: list[str] = []
+  while lines := file.readlines(_CHUNK):
+    lines = held + lines
+    keyframe, cut = lines[-1].split(",", 2)[:2], len(lines)
+    while cut and lines[cut - 1].split(",", 2)[:2] == keyframe:
+      cut -= 1
+    held = lines[cut:]
+    if cut:
+      yield lines[:cut]
+  if held:
+    yield held
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+  """Joins arrays and forgets them, so that no more than one column is in memory twice."""
+  joined = np.concatenate(parts)
+  parts.clear()
+  return joined
 
 
 def _parse_full_rows(lines: list[str]) -> np.ndarray | None:

@@ -7,62 +7,19 @@ Three steps that every frame-level protocol shares, each over many keyframes at 
 3. `curves` and `average_precision`: ranked by score, class by class.
 
 Protocols differ in what they let in, in the order in which detections may claim boxes, and in what they count:
-`PROTOCOLS` says how, and `differences` whether that matters on a given input.
+`protocols` says how, and `FrameMap.differences` whether that matters on a given input.
 """
 
 import collections
-import heapq
 from collections.abc import Iterable, Iterator, Sequence, Set
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from vad_jax.annotations import Rows
+from vad_jax.metrics.protocols import DIFFERENCES, MAX_ROWS, PROTOCOLS, Protocol, count, has_area, in_order, inspect
 
-MAX_ROWS = 50  # of a keyframe, that the official evaluator scores
 _CHUNK = 1 << 17  # pairs of boxes compared at once, and rows scored at once, so that memory stays flat
-
-
-class Protocol(NamedTuple):
-  """What an evaluator does in its own way.
-
-  Attributes:
-    order: of the rows of a keyframe, in which detections claim boxes: "heap" is best score first, equal ones as the
-      official evaluator's heap leaves them, and no more than `MAX_ROWS`; "score" is best score first, equal ones as
-      in the file; "file" is as in the file. Annotations stand in the same order, with the person id for a score.
-    ranks_by_file: among equal scores, detections of different keyframes are ranked in the order in which the
-      keyframes first appear in the detections, else in the ground truth.
-    needs_label: only keyframes with an annotation of a scored class count as annotated.
-    scores_unannotated: detections on keyframes without annotation are wrong, else they are left out.
-    counts_excluded: annotations of excluded keyframes stay in the denominator of recall.
-    drops_empty: boxes without area are left out, else they are wrong and inverted ones are errors.
-    counts_undetected: a class with annotations and no detection has AP 0, else it is left out of the mean.
-    dtype: precision of boxes and scores.
-  """
-
-  order: Literal["heap", "file", "score"]
-  ranks_by_file: bool = True
-  needs_label: bool = False
-  scores_unannotated: bool = False
-  counts_excluded: bool = False
-  drops_empty: bool = True
-  counts_undetected: bool = True
-  dtype: type[np.floating] = np.float64
-
-
-PROTOCOLS = {
-  "activitynet": Protocol(order="heap"),
-  "slowfast": Protocol(order="file", scores_unannotated=True),
-  "mmaction2": Protocol(
-    order="score",
-    ranks_by_file=False,
-    needs_label=True,
-    counts_excluded=True,
-    drops_empty=False,
-    counts_undetected=False,
-    dtype=np.float32,
-  ),
-}
 
 
 class Curve(NamedTuple):
@@ -103,7 +60,7 @@ class FrameMap(NamedTuple):
     iou: least IoU of a true positive.
     protocol: name of the protocol.
     num_boxes: annotated boxes; one with several actions counts once.
-    tally: how many rows there are of each kind that `differences` tells of.
+    tally: how many rows there are of each kind that `DIFFERENCES` tells of.
   """
 
   mean_ap: float
@@ -117,6 +74,10 @@ class FrameMap(NamedTuple):
   protocol: str
   num_boxes: int
   tally: collections.Counter[str]
+
+  def differences(self) -> list[str]:
+    """What about this input lets the protocols disagree, or was left out: a sentence with a count for each."""
+    return [f"{text}: {self.tally[kind]:,}" for kind, text in DIFFERENCES.items() if self.tally[kind]]
 
 
 class SplitKeyframeError(ValueError):
@@ -170,17 +131,16 @@ def frame_maps(
   if rules is None:
     raise ValueError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
   _check_ious(*ious)
-  _check_truth(ground_truth)
+  _check_boxes("annotation", ground_truth)
   truth = _Truth(ground_truth, label_map, rules, excluded)
   found: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {index: [] for index in truth.num_boxes}
   for rows, keyframe, rank in _blocks(detections, truth, rules):
-    full = _has_area(rows.boxes)
-    truth.tally["empty"] += int(np.count_nonzero(~full))
-    if not rules.drops_empty:
+    truth.tally.update(inspect(rows, rank))
+    order = in_order(rows, rank, rules.order, MAX_ROWS)
+    if rules.drops_empty:
+      order = order[has_area(rows.boxes[order])]
+    else:
       _check_boxes("detection", rows)
-      full[:] = True
-    order = _order(rows, rank, rules.order, MAX_ROWS)
-    order = order[full[order]]
     action, score = rows.action[order], rows.extra[order].astype(rules.dtype)
     group = keyframe[order] * truth.num_groups + action
     overlap, box = best_overlaps(truth.group, truth.boxes, group, rows.boxes[order].astype(rules.dtype))
@@ -206,14 +166,14 @@ def person_ap(ground_truth: Rows, detections: Rows, *, iou: float = 0.5) -> floa
     ValueError: a score is NaN, an annotated box is inverted, or there is no annotated box.
   """
   _check_ious(iou)
-  _check_truth(ground_truth)
+  _check_boxes("annotation", ground_truth)
   _check_scores(detections)
   truth_keyframe, keyframe = keyframe_ids(ground_truth, detections)
   people = np.column_stack([truth_keyframe, ground_truth.boxes])[ground_truth.action > 0]
   if not len(people):
     raise ValueError("no annotation holds a box: nothing to score against")
   people = np.unique(people, axis=0)
-  keep = (keyframe >= 0) & _has_area(detections.boxes)
+  keep = (keyframe >= 0) & has_area(detections.boxes)
   score, boxes, keyframe = detections.extra[keep], detections.boxes[keep], keyframe[keep]
   order = np.argsort(-score, kind="stable")
   overlap, box = best_overlaps(people[:, 0].astype(np.int64), people[:, 1:], keyframe[order], boxes[order])
@@ -364,21 +324,21 @@ class _Truth:
     self.num_known = self.num_labelled if rules.needs_label else self.num_annotated
     videos, times = zip(*excluded, strict=True) if excluded else ((), ())
     self.excluded = self.number(np.array(videos, object), _microseconds(np.array(times, np.float64)))
-    self.num_keyframes = self.num_known - int(np.count_nonzero(self.excluded < self.num_known))
+    self.num_keyframes = self.num_known - count(self.excluded < self.num_known)
 
     left_out = np.isin(keyframe, self.excluded)
     self.tally = collections.Counter(
-      excluded_annotations=int(np.count_nonzero(left_out)),
-      keyframe_rows=int(np.count_nonzero(rows.action == 0)),
-      fractions=int(np.count_nonzero(time % 1_000_000)),
+      excluded_annotations=count(left_out), keyframe_rows=count(rows.action == 0), fractions=count(time % 1_000_000)
     )
+    self.videos = set(rows.video.tolist())
+    self.unknown_videos: set[str] = set()
     if rules.counts_excluded:
       left_out[:] = False
     rows, keyframe = rows.select(np.flatnonzero(labelled)[~left_out]), keyframe[~left_out]
-    self.num_boxes = {index: int(np.count_nonzero(rows.action == index)) for index in sorted(label_map)}
+    self.num_boxes = {index: count(rows.action == index) for index in sorted(label_map)}
     self.num_people = len(np.unique(np.column_stack([keyframe, rows.boxes]), axis=0))
     self.num_groups = max(label_map) + 1
-    order = _order(rows, keyframe, rules.order, len(keyframe))
+    order = in_order(rows, keyframe, rules.order, len(keyframe))
     group = keyframe[order] * self.num_groups + rows.action[order]
     by_group = np.argsort(group, kind="stable")
     self.group, self.boxes = group[by_group], rows.boxes[order[by_group]].astype(rules.dtype)
@@ -392,28 +352,28 @@ def _blocks(
   Yields:
     rows, the number of their keyframe and its rank among the keyframes, by which the rows are sorted.
   """
-  appearance = _Numbering()
-  last = -1
+  classes, tally = list(truth.num_boxes), truth.tally
+  seen: set[int] = set()
   for rows in (detections,) if isinstance(detections, Rows) else detections:
     _check_scores(rows)
-    index = np.flatnonzero(np.isin(rows.action, list(truth.num_boxes)))
-    truth.tally["other_classes"] += len(rows.action) - len(index)
+    index = np.flatnonzero(np.isin(rows.action, classes))
+    tally["other_classes"] += len(rows.action) - len(index)
     keyframe = truth.number(rows.video[index], _microseconds(rows.timestamp[index]))
     excluded = np.isin(keyframe, truth.excluded)
-    truth.tally["excluded"] += int(np.count_nonzero(excluded))
-    known = ~excluded & (keyframe < truth.num_known)
-    truth.tally["unannotated"] += int(np.count_nonzero(~excluded & (keyframe >= truth.num_annotated)))
-    truth.tally["unlabelled"] += int(
-      np.count_nonzero(~excluded & (keyframe >= truth.num_labelled) & (keyframe < truth.num_annotated))
-    )
-    keep = ~excluded if rules.scores_unannotated else known
+    unannotated = ~excluded & (keyframe >= truth.num_annotated)
+    tally["excluded"] += count(excluded)
+    tally["unannotated"] += count(unannotated)
+    tally["unlabelled"] += count(~excluded & ~unannotated & (keyframe >= truth.num_labelled))
+    truth.unknown_videos.update(set(rows.video[index[unannotated]].tolist()) - truth.videos)
+    keep = ~excluded & ((keyframe < truth.num_known) | rules.scores_unannotated)
     index, keyframe = index[keep], keyframe[keep]
-    rank = appearance(keyframe) if rules.ranks_by_file else keyframe
-    if not len(rank):
+    if not len(index):
       continue
-    if rank.min() <= last:
-      raise SplitKeyframeError("the detections of a keyframe do not stand together")
-    last = rank.max()
+    present, first, inverse = np.unique(keyframe, return_index=True, return_inverse=True)
+    if not seen.isdisjoint(present.tolist()) or (seen and not rules.ranks_by_file and present[0] < max(seen)):
+      raise SplitKeyframeError("the parts of the detections hold the same keyframe, or keyframes out of order")
+    seen.update(present.tolist())
+    rank = first[inverse] if rules.ranks_by_file else keyframe
     order = np.argsort(rank, kind="stable")
     first = np.flatnonzero(np.diff(rank[order])) + 1  # of each keyframe but the very first
     cuts = np.searchsorted(first, np.arange(_CHUNK, len(rank), _CHUNK))
@@ -436,9 +396,11 @@ def _results(
     score, correct = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = _ranking(score)
     score, correct = score[order], correct[order]
-    truth.tally["equal_scores"] += int(np.count_nonzero(np.diff(score) == 0))
+    truth.tally["equal_scores"] += count(np.diff(score) == 0)
+    truth.tally["undetected"] += bool(total) and not len(score)
     for position, by_class in enumerate(curves_by_iou):
       by_class[index] = Curve(score, correct[:, position], total)
+  truth.tally["unknown_videos"] = len(truth.unknown_videos)
   results = []
   for iou, by_class in zip(ious, curves_by_iou, strict=True):
     counts = {
@@ -452,7 +414,7 @@ def _results(
         ap=ap,
         num_ground_truth=truth.num_boxes,
         num_detections={c: len(curve.score) for c, curve in by_class.items()},
-        num_true_positives={c: int(np.count_nonzero(curve.correct)) for c, curve in by_class.items()},
+        num_true_positives={c: count(curve.correct) for c, curve in by_class.items()},
         curves=by_class,
         num_keyframes=truth.num_keyframes,
         iou=iou,
@@ -476,10 +438,6 @@ def _check_scores(rows: Rows) -> None:
     raise ValueError(f"{_name_row('detection', rows, bad[0])}: the score is NaN")
 
 
-def _check_truth(rows: Rows) -> None:
-  _check_boxes("annotation", rows)
-
-
 def _check_boxes(kind: str, rows: Rows) -> None:
   x1, y1, x2, y2 = rows.boxes.T
   bad = np.flatnonzero((x1 > x2) | (y1 > y2))
@@ -496,58 +454,9 @@ def _microseconds(seconds: np.ndarray) -> np.ndarray:
   return np.rint(seconds * 1e6).astype(np.int64)
 
 
-def _order(rows: Rows, keyframe: np.ndarray, order: str, capacity: int) -> np.ndarray:
-  """Indices of the rows sorted by keyframe, and in each as the protocol has them; see `Protocol`."""
-  if order == "heap":
-    return _heap_order(rows, keyframe, capacity)
-  return np.lexsort((-rows.extra, keyframe)) if order == "score" else np.argsort(keyframe, kind="stable")
-
-
 def _ranking(score: np.ndarray) -> np.ndarray:
   """Indices by falling score; of equal ones the last comes first, as in an ascending sort read backwards."""
   return np.argsort(score, kind="stable")[::-1]
-
-
-def _heap_order(rows: Rows, keyframe: np.ndarray, capacity: int) -> np.ndarray:
-  """Orders rows by keyframe and falling ``extra``, at most `capacity` in each, as the official evaluator.
-
-  It collects the rows of a keyframe in a heap, and among equal scores the heap's layout decides which are
-  kept and which come first. Only where that matters (at the limit or inside one class) a heap is played.
-
-  Returns:
-    Indices of rows.
-  """
-  order = np.lexsort((rows.action, -rows.extra, keyframe))
-  keyframe, score, action = keyframe[order], rows.extra[order], rows.action[order]
-  start = np.flatnonzero(np.diff(keyframe, prepend=-1))
-  count = np.diff(start, append=len(order))
-  rank = np.arange(len(order)) - np.repeat(start, count)
-  equal = (np.diff(keyframe) == 0) & (np.diff(score) == 0)
-  matters = (rank[1:] == capacity) | ((rank[1:] < capacity) & (np.diff(action) == 0))
-  for begin in np.unique((np.arange(1, len(order)) - rank[1:])[equal & matters]):
-    block = order[begin : begin + count[np.searchsorted(start, begin)]]
-    kept = _play_heap(rows.select(np.sort(block)), capacity)
-    block[: len(kept)] = np.sort(block)[kept]
-  return order[rank < capacity]
-
-
-def _play_heap(rows: Rows, capacity: int) -> list[int]:
-  """Indices of the rows of one keyframe that a heap of the official evaluator keeps, in its order."""
-  x1, y1, x2, y2 = rows.boxes.T.tolist()
-  entries = list(zip(rows.extra.tolist(), rows.action.tolist(), y1, x1, y2, x2, strict=True))
-  heap = []
-  for entry in entries:
-    if len(heap) < capacity:
-      heapq.heappush(heap, entry)
-    elif entry[0] > heap[0][0]:
-      heapq.heapreplace(heap, entry)
-  # Rows that agree in everything stand for each other; the heap must not see their numbers.
-  row = {entry: index for index, entry in enumerate(entries)}
-  return [row[entry] for entry in sorted(heap, key=lambda entry: -entry[0])]
-
-
-def _has_area(boxes: np.ndarray) -> np.ndarray:
-  return (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
