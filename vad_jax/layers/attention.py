@@ -52,7 +52,8 @@ def attend_and_weigh(
     if key_mask is not None:
       logits = jnp.where(key_mask[:, None, None, :], logits, jnp.finfo(exact).min)
     weights = jax.nn.softmax(logits, axis=-1)
-    received = jnp.einsum("bhqk,q->bhk", jax.lax.stop_gradient(weights), query_weight) / query.shape[1]
+    with jax.named_scope("importance"):
+      received = jnp.einsum("bhqk,q->bhk", jax.lax.stop_gradient(weights), query_weight) / query.shape[1]
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value), received.swapaxes(1, 2)
 
   out, received = _by_heads(weigh, query, key, value)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from vad_jax.batch import Array
 
 
+@jax.named_scope("roi_align")
 def roi_align(
   features: Array,
   boxes: Array,
