@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "vad_jax").rglob("*.py"))
 
 # What each part of vad_jax may import of the others, besides itself, and which may be used everywhere.
-EVERYWHERE = {"", "batch", "annotations", "progress", "safe_pickle"}
+EVERYWHERE = {"", "batch", "annotations", "progress", "safe_pickle", "tubes"}
 ALLOWED = {
   "ops": set(),
   "layers": {"ops"},
@@ -30,7 +30,7 @@ ALLOWED = {
   "evaluate": {"sharding", "metrics"},
   "predict": {"checkpoint", "datasets", "ops", "visualize"},
   "main": {
-    *("checkpoint", "datasets", "evaluate", "metrics", "models", "optim", "predict", "sharding", "train"),
+    *("checkpoint", "convert", "datasets", "evaluate", "metrics", "models", "optim", "predict", "sharding", "train"),
     "visualize",
   },
 }
