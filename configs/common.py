@@ -22,6 +22,10 @@ def base() -> Config:
   # Name of the system and arguments of its constructor; the number of classes comes from the data.
   config.model = ConfigDict({"name": "evad"})
 
+  # Weights to start from: a converted file (see vad_jax.convert), or the workdir or a checkpoint of another run.
+  config.init_from = config_dict.placeholder(str)
+  config.reinit_head = False  # start the classifier anew where the weights know another number of classes
+
   # Name of the set, folder of all prepared sets, and arguments of the set's function in vad_jax.datasets.
   config.data = ConfigDict({"name": "synthetic", "root": "data"})
   config.clip = ConfigDict({"num_frames": 16, "frame_stride": 4, "fps": 30.0})

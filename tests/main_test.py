@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from absl.testing import flagsaver
 from ml_collections import ConfigDict
@@ -80,6 +81,31 @@ def test_train_alone_does_not_evaluate(config: ConfigDict, tmp_path: Path) -> No
   assert run(config, tmp_path, "train") == ""
   assert not (tmp_path / "checkpoints" / "best").exists()
   assert not (tmp_path / "metrics.json").exists()
+
+
+def test_starts_from_weights(config: ConfigDict, tmp_path: Path, capsys: Any) -> None:
+  """A step of rate zero leaves what was loaded; another number of channels or of classes is an error."""
+  assert run(config, tmp_path / "first", "train") == ""
+  config.init_from = str(tmp_path / "first")
+  config.schedule.learning_rate = 0.0
+  config.num_steps = 1
+  assert run(config, tmp_path / "second", "train") == ""
+  first, second = (checkpoint.load_arrays(tmp_path / name)[0] for name in ("first", "second"))
+  assert first.keys() == second.keys()
+  for name, value in first.items():
+    np.testing.assert_array_equal(value, second[name])
+  assert "starting from stand_in of" in capsys.readouterr().err
+  assert "hidden.kernel" in (tmp_path / "second" / "init_from.txt").read_text()
+
+  assert run(config, tmp_path / "third", "evaluate") == ""  # nothing was trained there: the weights themselves
+  assert json.loads((tmp_path / "third" / "metrics.json").read_text())["step"] == 4
+
+  config.model.width = 16
+  with pytest.raises(ValueError, match=r"shape: embed.kernel \(3, 8\) does not fit embed.kernel \(3, 16\)"):
+    run(config, tmp_path / "fourth", "train")
+  config.init_from = str(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="nowhere"):
+    run(config, tmp_path / "fifth", "train")
 
 
 def test_nothing_to_evaluate(config: ConfigDict, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
@@ -45,7 +46,7 @@ class Loaded(NamedTuple):
   Attributes:
     model: a system, see ``vad_jax.models.System``.
     info: ``model`` (name and constructor arguments), ``clip``, ``canvas``, ``short_side``, ``label_map``,
-      ``step``, ``metrics``.
+      ``step``, ``metrics``; converted weights have ``source``, ``licence`` and ``sha256`` of the file as well.
   """
 
   model: Any
@@ -187,17 +188,47 @@ def load_model(directory_or_name: PathLike) -> Loaded:
   """
   path = _find(directory_or_name)
   info = _read_info(path)
+  if info["model"]["name"] not in models.MODELS:
+    raise CheckpointError(
+      f"checkpoint {path} holds {info['model']['name']}, which is no detector; a backbone is something to start "
+      "training from (config.init_from)"
+    )
   abstract = nnx.eval_shape(lambda: models.build(**info["model"], rngs=nnx.Rngs(0)))
   graphdef, params, rest = split_model(abstract)
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)  # noqa: E731
-  items = {"weights": place({"params": params, "rest": rest})}
+  items = {"weights": _place({"params": params, "rest": rest})}
   if (path / "ema").exists():
-    items["ema"] = place({"ema": params})
+    items["ema"] = _place({"ema": params})
   loaded = _load(path, items)
   params = loaded["ema"]["ema"] if "ema" in loaded else loaded["weights"]["params"]
   model = nnx.merge(graphdef, params, loaded["weights"]["rest"])
   return Loaded(nnx.view(model, raise_if_not_found=False, deterministic=True), info)
+
+
+def is_checkpoint(directory_or_name: PathLike) -> bool:
+  """Says whether ``load_model`` or ``load_arrays`` would find a checkpoint there."""
+  try:
+    return bool(_find(directory_or_name))
+  except CheckpointError:
+    return False
+
+
+def load_arrays(directory_or_name: PathLike) -> tuple[dict[str, np.ndarray], Info]:
+  """Loads the weights to use without building their model.
+
+  Args:
+    directory_or_name: see ``load_model``; may hold a backbone alone.
+
+  Returns:
+    Arrays by their path, joined by dots, and the info.
+
+  Raises:
+    CheckpointError: there is no checkpoint, or it is damaged.
+  """
+  path = _find(directory_or_name)
+  info = _read_info(path)
+  part, name = ("ema", "ema") if (path / "ema").exists() else ("weights", "params")
+  tree: Any = _load(path, {part: _place(_saved(path, part))})[part]
+  return {key.replace("/", "."): np.asarray(value) for key, value in _flatten(tree[name]).items()}, info
 
 
 def _items(state: State) -> dict[str, Any]:
@@ -224,7 +255,7 @@ def _load(path: Path, items: dict[str, Any]) -> dict[str, Any]:
     if name == "ema" and not (path / name).exists():
       faults.append("ema is missing in the checkpoint")
       continue
-    faults += _differences(_saved_arrays(path, name), _flatten(abstract))
+    faults += _differences(_flatten(_saved(path, name)), _flatten(abstract))
   if faults:
     more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
     raise CheckpointError(f"checkpoint {path} does not fit: {'; '.join(faults[:20])}{more}")
@@ -234,15 +265,21 @@ def _load(path: Path, items: dict[str, Any]) -> dict[str, Any]:
     raise _damaged(path, error) from error
 
 
-def _saved_arrays(path: Path, name: str) -> dict[str, Any]:
-  """Shapes and types of the arrays of one part, by name."""
+def _place(abstract: Any) -> Any:
+  """The same abstract arrays, to be loaded onto one device."""
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+
+
+def _saved(path: Path, name: str) -> Any:
+  """Shapes and types of the arrays of one part, as the tree that was saved."""
   try:
     saved = ocp.metadata(str(path), checkpointable_name=name).metadata
   except Exception as error:
     raise _damaged(path, error) from error
   if saved is None:
     raise _damaged(path, f"{name} cannot be read")
-  return _flatten(saved)
+  return saved
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

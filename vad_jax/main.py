@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from vad_jax import checkpoint, datasets, models, optim, predict, sharding, visualize
+from vad_jax import checkpoint, convert, datasets, models, optim, predict, sharding, visualize
 from vad_jax.annotations import Rows, write_ava_csv
 from vad_jax.datasets.augment import Augment
 from vad_jax.datasets.loader import ClipSpec, KeyframeDataset, eval_batches, train_batches
@@ -96,8 +96,9 @@ def run(config: Config, workdir: Path, mode: str, begun: float) -> str:
     ValueError: the config does not fit itself, the devices, the data or the working directory.
     OSError: the working directory cannot be written.
   """
-  if mode == "evaluate" and not (workdir / "checkpoints").is_dir():
-    raise FileNotFoundError(f"workdir {workdir} holds no checkpoints to evaluate; train first")
+  weights = workdir if (workdir / "checkpoints").is_dir() else config.init_from
+  if mode == "evaluate" and not weights:
+    raise FileNotFoundError(f"workdir {workdir} holds no checkpoints to evaluate; train first, or set config.init_from")
   _claim(workdir, config)
   mesh = sharding.make_mesh(config.mesh.to_dict())
   local_batch = sharding.local_batch_size(config.batch_size, mesh)
@@ -113,11 +114,12 @@ def run(config: Config, workdir: Path, mode: str, begun: float) -> str:
         "compile_seconds": result.compile_seconds,
         "steps_per_second": result.steps / result.train_seconds,
       }
-  loaded = checkpoint.load_model(workdir)
+    weights = workdir
+  loaded = checkpoint.load_model(weights)
   graphdef, params, rest = checkpoint.split_model(loaded.model)
-  weights = jax.device_put((params, rest), sharding.infer_sharding((params, rest), mesh))
+  placed = jax.device_put((params, rest), sharding.infer_sharding((params, rest), mesh))
   with jax.set_mesh(mesh):
-    predict_fn = functools.partial(jax.jit(make_predict(graphdef)), *weights)
+    predict_fn = functools.partial(jax.jit(make_predict(graphdef)), *placed)
     evaluation = _evaluate(config, mesh, local_batch, sets["val"], loaded.info["label_map"], predict_fn)
   assert evaluation is not None  # nobody asks it to stop
   if jax.process_index() == 0:
@@ -212,6 +214,12 @@ def _train(
     **_loading(config),
   )
 
+  def load_weights(system: Any) -> None:
+    report = convert.load_reference(system, config.init_from, reinit_head=config.reinit_head)
+    print(f"starting from {report}", file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+      (workdir / "init_from.txt").write_text(report.text() + "\n")
+
   def evaluate_during(predict_fn: PredictFn, should_stop: Any) -> dict[str, float] | None:
     label_map = sets["train"].label_map
     result = _evaluate(config, mesh, local_batch, sets["val"], label_map, predict_fn, should_stop)
@@ -236,6 +244,7 @@ def _train(
       microbatch=config.microbatch,
       ema_decay=config.ema_decay,
       seed=config.seed,
+      load_weights=load_weights if config.init_from else None,
       log_every=config.log.every_steps,
       save_every=config.checkpoint.every_steps,
       evaluate_every=round(config.eval.every_epochs * steps_per_epoch),

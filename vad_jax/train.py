@@ -77,6 +77,7 @@ def train(
   microbatch: int | None = None,
   ema_decay: float | None = None,
   seed: int = 0,
+  load_weights: Callable[[Any], None] | None = None,
   log_every: int = 50,
   save_every: int = 500,
   evaluate_every: int = 0,
@@ -102,6 +103,7 @@ def train(
     ema_decay: keeps an exponential moving average of the parameters, which is then evaluated and saved as the
       best.
     seed: of the parameters and of all randomness in the steps.
+    load_weights: fills the new model in place, where there is no checkpoint to resume from.
     log_every: steps.
     save_every: steps.
     evaluate_every: steps; the last step is evaluated in any case.
@@ -118,6 +120,8 @@ def train(
   )
   restored = checkpoints.restore(abstract, batches)
   state, info = restored or (init(), {**info, "metrics": {}})
+  if load_weights and not restored:
+    state = _with_weights(state, graphdef, load_weights)
   step = first = int(state["step"])
   train_step = make_train_step(
     graphdef, optimizer, learning_rate, seed=seed, matcher=matcher, microbatch=microbatch, ema_decay=ema_decay
@@ -283,6 +287,17 @@ def _prepare(
   shardings = infer_sharding(abstract, mesh, sharding)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
   return graphdef, optimizer, abstract, jax.jit(init, out_shardings=shardings)
+
+
+def _with_weights(state: State, graphdef: Any, load_weights: Callable[[Any], None]) -> State:
+  """The state with parameters that were filled from elsewhere, lying where those before lay."""
+  model = nnx.merge(graphdef, state["params"], state["rest"])
+  load_weights(model)
+  _, params, rest = split_model(model)
+  filled = {**state, "params": params, "rest": rest}
+  if "ema" in state:
+    filled["ema"] = jax.tree.map(jnp.copy, params)
+  return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), filled, state)
 
 
 def _compile(train_step: Callable[..., Any], state: State, batch: Batch) -> tuple[Callable[..., Any], float]:

@@ -6,7 +6,9 @@ the same stride (Xiao et al., "Early Convolutions Help Transformers See Better",
 start from scratch learn much faster with it, published weights need ``stem="patch"``.
 """
 
-from typing import Literal
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import einops
 import jax
@@ -124,9 +126,39 @@ class ConvolutionStem(nnx.Module):
     return einops.rearrange(x, "(b h w) t c -> b t h w c", b=batch, h=h, w=w)
 
 
-# Published VideoMAE names (fine-tuning layout) of this module's parameters; leaves are renamed and transposed by kind.
+# --- Published weights ----------------------------------------------------------------------------------------------
+
+# (our path, published name) as regular expressions, see vad_jax.convert. VideoMAE, fine-tuned or pre-trained:
 REFERENCE_NAMES = (
   (r"patch_embed\.(.*)", r"patch_embed.proj.\1"),
   (r"(blocks\..*)", r"\1"),
   (r"(norm\..*)", r"\1"),
 )
+# The same in Hugging Face's layout, where queries, keys and values have a matrix each.
+_HUGGING_FACE_LAYER = r"encoder.layer.\1."
+HUGGING_FACE_NAMES = (
+  (r"patch_embed\.(.*)", r"embeddings.patch_embeddings.projection.\1"),
+  (
+    r"blocks\.(\d+)\.attn\.qkv\.weight",
+    tuple(rf"{_HUGGING_FACE_LAYER}attention.attention.{part}.weight" for part in ("query", "key", "value")),
+  ),
+  (r"blocks\.(\d+)\.attn\.([qv]_bias)", rf"{_HUGGING_FACE_LAYER}attention.attention.\2"),
+  (r"blocks\.(\d+)\.attn\.proj\.(.*)", rf"{_HUGGING_FACE_LAYER}attention.output.dense.\2"),
+  (r"blocks\.(\d+)\.norm1\.(.*)", rf"{_HUGGING_FACE_LAYER}layernorm_before.\2"),
+  (r"blocks\.(\d+)\.norm2\.(.*)", rf"{_HUGGING_FACE_LAYER}layernorm_after.\2"),
+  (r"blocks\.(\d+)\.mlp\.fc1\.(.*)", rf"{_HUGGING_FACE_LAYER}intermediate.dense.\2"),
+  (r"blocks\.(\d+)\.mlp\.fc2\.(.*)", rf"{_HUGGING_FACE_LAYER}output.dense.\2"),
+  (r"norm\.(.*)", r"layernorm.\1"),
+)
+
+
+def reference_arguments(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+  """Arguments of the constructor for published weights, from the shapes of their tensors in either layout.
+
+  Shapes do not tell the number of heads; in all published networks a head has 64 channels.
+  """
+  kernel = next(shape for name, shape in shapes.items() if re.fullmatch(r".*patch_embed.*\.weight", name))
+  layers = [re.match(r"(?:blocks|encoder\.layer)\.(\d+)\.", name) for name in shapes]
+  width = kernel[0]
+  depth = 1 + max(int(match[1]) for match in layers if match)
+  return {"width": width, "depth": depth, "heads": width // 64, "patch": tuple(kernel[2:])}

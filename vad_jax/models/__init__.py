@@ -13,7 +13,13 @@ MODELS = {
 
 
 class System(Protocol):
-  """What training, evaluation and prediction ask of a model. There is no base class: a model just has these methods."""
+  """What training, evaluation and prediction ask of a model. There is no base class: a model just has these members.
+
+  Attributes:
+    class_parameters: regular expression of the paths of parameters whose shape follows the number of classes.
+  """
+
+  class_parameters: str
 
   def __call__(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> dict[str, Any]:
     """Runs the network. Returns every tensor worth looking at by name; jit prunes the unused."""

@@ -27,6 +27,7 @@ at first, and a training loss that asks every keyframe token for its actor. How 
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -82,6 +83,8 @@ PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of RGB in [0, 1], all channels
 
 class EVAD(nnx.Module):
   """The detector; see the module's docstring. Parameters live in backbone, fpn, proposals, head and decoder."""
+
+  class_parameters = r"decoder\.classifiers\.\d+\.logits\..*|dense\..*"
 
   def __init__(
     self,
@@ -259,7 +262,7 @@ class EVAD(nnx.Module):
     restored = places.restore(narrow, slots, self.decoder.mask_token[...].astype(narrow.dtype))
     restored = keyframe_back(restored + positions, places.grid)  # [B, t, h, w, D]
 
-    extended = extend_boxes(jax.lax.stop_gradient(boxes), self.roi_extension, out["frame_size"])
+    extended = box_ops.extend_boxes(jax.lax.stop_gradient(boxes), self.roi_extension, out["frame_size"])
     batch, t, h, w, dim = restored.shape
     slices = restored.transpose(0, 2, 3, 1, 4).reshape(batch, h, w, t * dim)
     pooled = roi_align(slices, extended, scale=1 / self.backbone.patch[1])
@@ -315,7 +318,7 @@ class EVAD(nnx.Module):
     for layer in range(last + 1):
       suffix = "" if layer == last else f"_{layer}"
       person = match[layer].any(-1)
-      terms["loss_person" + suffix] = 2 * person_loss(out["person_logits"][layer], person, real[:, None])
+      terms["loss_person" + suffix] = 2 * losses.person_cross_entropy(out["person_logits"][layer], person, real[:, None])
       terms["loss_box" + suffix] = 5 * losses.masked_sum(l1[layer], match[layer]) / num_actors
       terms["loss_giou" + suffix] = 2 * losses.masked_sum(1 - giou[layer], match[layer]) / num_actors
     matched = match[last].any(-1)
@@ -542,21 +545,6 @@ def _dense_bias(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, out_shardi
   return jnp.full(shape, _RARE, dtype).at[1:5].set(math.log(2))
 
 
-def extend_boxes(boxes: Array, extension: tuple[float, float], frame_size: Array) -> Array:
-  """Grows xyxy pixel boxes by the given shares of width and height, then clips them to the frame."""
-  margin = jnp.asarray(extension, boxes.dtype) * (boxes[..., 2:] - boxes[..., :2] + 1) / 2
-  grown = jnp.concatenate([boxes[..., :2] - margin, boxes[..., 2:] + margin], -1)
-  return jnp.clip(grown, 0, frame_size[:, None] - 1)
-
-
-def person_loss(logits: Array, person: Array, real: Array) -> Array:
-  """Softmax cross-entropy ``[B, N, 2]``, background weighing 0.1, over the sum of weights; ``real`` ``[B, 1]``."""
-  log_probability = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), -1)
-  weight = jnp.where(person, 1.0, 0.1) * real
-  entropy = -jnp.where(person, log_probability[..., 0], log_probability[..., 1])
-  return (weight * entropy).sum() / jnp.maximum(weight.sum(), 1e-6)
-
-
 def _check(name: str, value: str, allowed: Any) -> None:
   if value not in allowed:
     raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
@@ -588,4 +576,20 @@ REFERENCE_NAMES = (
   (r"decoder\.classifiers\.(\d+)\.logits\.(.*)", r"det_head.decoder.blocks.\1.action_logits.\2"),
   (r"decoder\.(blocks\..*)", r"det_head.decoder.\1"),
 )
-REFERENCE_SKIP = (r"criterion\.empty_weight",)  # a constant of the loss
+
+
+def reference_arguments(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+  """Arguments of the constructor for official weights, from the shapes of their tensors.
+
+  Raises:
+    ValueError: no variant has these sizes.
+  """
+  backbone = vit.reference_arguments(shapes)
+  narrow, _ = shapes["det_head.encoder_to_decoder.weight"]
+  wanted = (backbone["width"], backbone["depth"], narrow)
+  fitting = [name for name, v in VARIANTS.items() if (v.width, v.depth, v.decoder_width) == wanted]
+  if not fitting:
+    raise ValueError(f"no variant of EVAD has width {wanted[0]}, depth {wanted[1]} and decoder width {wanted[2]}")
+  num_classes, _ = shapes["det_head.decoder.blocks.0.action_logits.weight"]
+  num_queries, _ = shapes["init_proposal_features.weight"]
+  return {"variant": fitting[0], "num_classes": num_classes, "num_queries": num_queries}

@@ -71,3 +71,11 @@ def apply_deltas(boxes: Array, deltas: Array, *, weights: tuple[float, float, fl
   center = start[..., :2] + deltas[..., :2] * start[..., 2:]
   size = start[..., 2:] * xp.exp(xp.minimum(deltas[..., 2:], math.log(100_000 / 16)))
   return cxcywh_to_xyxy(xp.concatenate([center, size], -1))
+
+
+def extend_boxes(boxes: Array, extension: tuple[float, float], frame_size: Array) -> Array:
+  """Grows xyxy pixel boxes by the given shares of width and height, then clips them to the frame."""
+  xp = _namespace(boxes)
+  margin = xp.asarray(extension, boxes.dtype) * (boxes[..., 2:] - boxes[..., :2] + 1) / 2
+  grown = xp.concatenate([boxes[..., :2] - margin, boxes[..., 2:] + margin], -1)
+  return xp.clip(grown, 0, frame_size[:, None] - 1)

@@ -71,3 +71,11 @@ def dense_detection_loss(predicted: Array, boxes: Array, labels: Array, mask: Ar
   entropy = binary_cross_entropy(predicted[..., 5:], actions).sum(-1)
   per_actor = masked_sum(1 - box_ops.generalized_iou(box, target) + entropy, actor)
   return (focal_loss(predicted[..., 0], actor.astype(predicted.dtype)).sum() + per_actor) / count
+
+
+def person_cross_entropy(logits: Array, person: Array, real: Array) -> Array:
+  """Softmax cross-entropy ``[B, N, 2]``, background weighing 0.1, over the sum of weights; ``real`` ``[B, 1]``."""
+  log_probability = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), -1)
+  weight = jnp.where(person, 1.0, 0.1) * real
+  entropy = -jnp.where(person, log_probability[..., 0], log_probability[..., 1])
+  return (weight * entropy).sum() / jnp.maximum(weight.sum(), 1e-6)

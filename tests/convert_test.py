@@ -1,0 +1,281 @@
+"""Published weights, seeded under their official names and shapes, through every way in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from tests import golden_files, seeded
+from tests.models.evad_parity_test import official_weights
+from vad_jax import checkpoint, convert
+from vad_jax.backbones.vit import ViT
+from vad_jax.layers.position import sincos_positions
+from vad_jax.models.evad import EVAD
+
+Weights = dict[str, np.ndarray]
+TINY = {"width": 96, "depth": 3, "heads": 3}
+
+
+@pytest.fixture(scope="module")
+def evad_weights() -> Weights:
+  return official_weights(golden_files.load("evad/evad_tiny")["manifest"])
+
+
+@pytest.fixture(scope="module")
+def videomae() -> Weights:
+  manifest = golden_files.load("videomae/tiny_8x64")["manifest"]
+  return {name: seeded.fill(name, shape) for name, shape in manifest.items()}
+
+
+def vit() -> ViT:
+  return ViT(**TINY, rngs=nnx.Rngs(0))
+
+
+def evad(**options: Any) -> EVAD:
+  return EVAD(variant="tiny", rngs=nnx.Rngs(0), **options)
+
+
+def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
+  return {".".join(map(str, path)): np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(model))}
+
+
+def assert_same(a: nnx.Module, b: nnx.Module) -> None:
+  a, b = parameters(a), parameters(b)
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+def to_hugging_face(weights: Weights) -> Weights:
+  """The layout of the other publisher, as its files have it."""
+  names = {
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "attn.proj": "attention.output.dense",
+    "attn.q_bias": "attention.attention.q_bias",
+    "attn.v_bias": "attention.attention.v_bias",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+  }
+  found = {}
+  for name, value in weights.items():
+    if name.startswith(("fc_norm", "head")):
+      found[name.replace("head", "classifier")] = value
+      continue
+    if name.endswith("qkv.weight"):
+      layer = name.split(".")[1]
+      for part, rows in zip(("query", "key", "value"), np.split(value, 3), strict=True):
+        found[f"videomae.encoder.layer.{layer}.attention.attention.{part}.weight"] = rows
+      continue
+    for theirs, other in names.items():
+      name = name.replace(theirs, other)
+    found["videomae." + name.replace("blocks.", "encoder.layer.")] = value
+  return found
+
+
+def to_pretrained(weights: Weights) -> Weights:
+  encoder = {f"encoder.{name}": value for name, value in weights.items() if not name.startswith(("fc_norm", "head"))}
+  return {
+    **encoder,
+    "encoder.norm.weight": np.full(96, 2, np.float32),
+    "encoder.norm.bias": np.full(96, 3, np.float32),
+    "encoder_to_decoder.weight": np.zeros((48, 96), np.float32),
+    "mask_token": np.zeros((1, 1, 48), np.float32),
+    "decoder.blocks.0.norm1.weight": np.ones(48, np.float32),
+    "decoder.head.bias": np.ones(1536, np.float32),
+  }
+
+
+def test_fine_tuned_videomae(videomae: Weights) -> None:
+  model = vit()
+  report = convert.load_reference(model, videomae)
+  assert report.source == "videomae"
+  assert "no commercial use" in report.licence
+  assert report.named("skipped") == ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
+  assert report.named("missing") == ["norm.bias", "norm.scale"]
+  assert len(report.named("loaded")) + len(report.named("transposed")) + 4 == len(videomae)
+  values = parameters(model)
+  np.testing.assert_array_equal(values["norm.scale"], 1)
+  np.testing.assert_array_equal(values["blocks.1.attn.qkv.kernel"], videomae["blocks.1.attn.qkv.weight"].T)
+  kernel = values["patch_embed.kernel"]
+  assert kernel[1, 2, 3, 0, 5] == videomae["patch_embed.proj.weight"][5, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "module.backbone.", "encoder.", "model."])
+def test_prefixes(videomae: Weights, prefix: str) -> None:
+  plain, prefixed = vit(), vit()
+  convert.load_reference(plain, videomae)
+  convert.load_reference(prefixed, {prefix + name: value for name, value in videomae.items()})
+  assert_same(plain, prefixed)
+
+
+def test_hugging_face_layout(videomae: Weights) -> None:
+  plain, other = vit(), vit()
+  convert.load_reference(plain, videomae)
+  report = convert.load_reference(other, to_hugging_face(videomae))
+  assert report.source == "videomae_hf"
+  assert len(report.named("merged")) == TINY["depth"]
+  assert_same(plain, other)
+  bare = {name.removeprefix("videomae."): value for name, value in to_hugging_face(videomae).items()}
+  assert convert.load_reference(vit(), bare).source == "videomae_hf"
+
+
+def test_pretrained_videomae(videomae: Weights) -> None:
+  model = vit()
+  report = convert.load_reference(model, to_pretrained(videomae))
+  assert report.source == "videomae_pretrained"
+  assert set(report.named("skipped")) == {
+    "encoder_to_decoder.weight",
+    "mask_token",
+    "decoder.blocks.0.norm1.weight",
+    "decoder.head.bias",
+  }
+  assert not report.named("missing")
+  np.testing.assert_array_equal(parameters(model)["norm.scale"], 2)
+
+
+def test_distilled_videomae_v2(videomae: Weights) -> None:
+  weights = {**videomae, "head.weight": np.zeros((710, 96)), "head.bias": np.zeros(710)}
+  assert convert.load_reference(vit(), weights).source == "videomae_v2"
+
+
+def test_backbone_of_a_system(evad_weights: Weights) -> None:
+  """The rest keeps what it started with, and the report says so."""
+  weights = {name: value for name, value in evad_weights.items() if name.startswith(("patch_embed", "blocks", "norm"))}
+  model, fresh = evad(), evad()
+  report = convert.load_reference(model, weights)
+  assert {name.split(".")[0] for name in report.named("missing")} == {"fpn", "proposals", "head", "decoder"}
+  whole = evad()
+  convert.load_reference(whole, evad_weights)
+  assert_same(model.backbone, whole.backbone)
+  assert_same(model.head, fresh.head)
+
+
+def test_positions_must_be_those_that_are_computed(videomae: Weights) -> None:
+  table = sincos_positions(64, 96)[None]
+  report = convert.load_reference(vit(), {**videomae, "pos_embed": table})
+  assert "pos_embed" in report.named("skipped")
+  with pytest.raises(convert.ConversionError, match=r"unused: pos_embed \(1, 64, 96\)"):
+    convert.load_reference(vit(), {**videomae, "pos_embed": table + 0.1})
+
+
+def test_strict(evad_weights: Weights) -> None:
+  weights = dict(evad_weights)
+  del weights["fpn_lateral2.bias"]
+  weights["blocks.3.mlp.fc1.weight"] = weights["blocks.3.mlp.fc1.weight"][:5]
+  weights["blocks.31.norm1.weight"] = np.ones(96)
+  model = evad()
+  with pytest.raises(convert.ConversionError) as error:
+    convert.load_reference(model, weights)
+  lines = str(error.value).splitlines()
+  assert lines[0] == "3 tensors of EVAD detector do not fit EVAD:"
+  assert sorted(line.strip() for line in lines[1:]) == [
+    "missing: fpn_lateral2.bias, for fpn.lateral.0.bias (256,)",
+    "shape: blocks.3.mlp.fc1.weight (5, 96) does not fit backbone.blocks.3.mlp.fc1.kernel (96, 384)",
+    "unused: blocks.31.norm1.weight (96,), which no parameter asks for; nearest is blocks.3.norm1.weight",
+  ]
+  assert_same(model, evad())
+
+
+def test_head_for_other_classes(evad_weights: Weights) -> None:
+  with pytest.raises(convert.ConversionError, match="for other classes, have the head re-initialised"):
+    convert.load_reference(evad(num_classes=24), evad_weights)
+  model = evad(num_classes=24)
+  report = convert.load_reference(model, evad_weights, reinit_head=True)
+  names = [f"det_head.decoder.blocks.{i}.action_logits.{leaf}" for i in range(2) for leaf in ("bias", "weight")]
+  assert sorted(report.named("re-initialised")) == sorted(names)
+  same = evad()
+  assert not convert.load_reference(same, evad_weights, reinit_head=True).named("re-initialised")
+
+
+def test_weights_for_something_else(videomae: Weights) -> None:
+  with pytest.raises(
+    convert.ConversionError, match=r"1 tensors \(layer4.conv.weight \(3, 3\), ...\) that belong to no"
+  ):
+    convert.load_reference(vit(), {"layer4.conv.weight": np.zeros((3, 3))})
+  with pytest.raises(convert.ConversionError, match="unknown source 'vmae'"):
+    convert.load_reference(vit(), videomae, source="vmae")
+  with pytest.raises(convert.ConversionError, match=r"EVAD detector have nothing for time\.bias: the model is another"):
+    convert.published_names(("time", "bias"), convert.SOURCES["evad"])
+  both = {**videomae, "backbone.head.bias": videomae["head.bias"]}
+  with pytest.raises(convert.ConversionError, match="have the same name"):
+    convert.load_reference(vit(), both)
+
+
+def test_converted_detector(evad_weights: Weights, tmp_path: Path, capsys: Any) -> None:
+  path, output = tmp_path / "model.bin", tmp_path / "weights" / "evad"
+  save_file(evad_weights, path)
+  assert convert.main([f"--input={path}", f"--output={output}", "--option", "keep_rate=0.6"]) == 0
+  text = capsys.readouterr().out
+  assert (output / "conversion.txt").read_text().splitlines() == text.splitlines()[:-1]
+  assert text.splitlines()[-2].startswith("EVAD detector: ")
+  report = json.loads((output / "conversion.json").read_text())
+  assert len(report["tensors"]) == len(evad_weights)
+  assert {"sha256", "size", "container"} < report["file"].keys()
+
+  loaded = checkpoint.load_model(output)
+  assert loaded.info["model"] == {
+    **{"name": "evad", "variant": "tiny", "num_classes": 80, "num_queries": 20, "keep_rate": 0.6}
+  }
+  assert len(loaded.info["label_map"]) == 60
+  whole = evad()
+  convert.load_reference(whole, evad_weights)
+  assert_same(loaded.model, whole)
+  again = evad()
+  report = convert.load_reference(again, output)
+  assert report.source == "vad_jax"
+  assert_same(again, whole)
+
+  assert convert.main([f"--input={path}", f"--output={output}"]) == 1
+  assert "exists already" in capsys.readouterr().err
+  assert [entry.name for entry in output.parent.iterdir()] == ["evad"]
+
+
+def test_converted_backbone(evad_weights: Weights, tmp_path: Path, capsys: Any) -> None:
+  weights = {name: value for name, value in evad_weights.items() if name.startswith(("patch_embed", "blocks"))}
+  path, output = tmp_path / "vit.safetensors", tmp_path / "vit"
+  save_file(weights, path)
+  assert convert.main([f"--input={path}", f"--output={output}", "--option=heads=3"]) == 0
+  model, expected = evad(), evad()
+  convert.load_reference(expected, weights)
+  report = convert.load_reference(model, output)
+  assert_same(model, expected)
+  assert report.named("loaded")
+  with pytest.raises(checkpoint.CheckpointError, match="which is no detector"):
+    checkpoint.load_model(output)
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (None, "no such file"),
+    (b"", "empty"),
+    (b"hello, this is text\n" * 9, "text"),
+    (b"\x00\x01\x02\x03" * 100, ""),
+  ],
+)
+def test_bad_files(content: bytes | None, message: str, tmp_path: Path, capsys: Any) -> None:
+  path = tmp_path / "model.pth"
+  if content is not None:
+    path.write_bytes(content)
+  assert convert.main([f"--input={path}", f"--output={tmp_path / 'out'}"]) == 1
+  error = capsys.readouterr().err
+  assert error.startswith("error: ")
+  assert error.count("\n") == 1
+  assert str(path) in error
+  assert message in error.lower()
+  assert not (tmp_path / "out").exists()
+
+
+def test_options_that_do_not_exist(evad_weights: Weights, tmp_path: Path, capsys: Any) -> None:
+  path = tmp_path / "model.safetensors"
+  save_file(evad_weights, path)
+  for option, message in (("keeprate=0.6", "keeprate"), ("keep_rate=7", "keep_rate must be in")):
+    assert convert.main([f"--input={path}", f"--output={tmp_path / 'out'}", f"--option={option}"]) == 1
+    assert message in capsys.readouterr().err
+  assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
