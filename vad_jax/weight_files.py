@@ -2,31 +2,24 @@
 
 What a file is, its content says, not its name: many a ``.pkl`` is really PyTorch's. Nothing of a file is ever run
 (see ``safe_pickle``), and only the weights are read of a training checkpoint, not the optimizer's state beside them.
-PyTorch's two formats are read here, for the package itself is gigabytes of CUDA where pip installs it on Linux.
 """
 
-import functools
 import glob
 import hashlib
-import io
 import json
-import math
-import operator
 import os
 import re
-import zipfile
-from collections import Counter
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 import safetensors
-import scipy.io
 
-from vad_jax import safe_pickle
-from vad_jax.safe_pickle import StandIn
+from vad_jax import safe_pickle, torch_files
+from vad_jax.torch_files import Tensor
 
 
 class WeightFileError(ValueError):
@@ -65,25 +58,9 @@ class _Content(NamedTuple):
   other: dict[str, Any]
 
 
-class _Storage(NamedTuple):
-  """A block of numbers of a PyTorch file; tensors are views of it. ``start`` counts elements, for views of views."""
-
-  key: str
-  dtype: str
-  start: int
-
-
-class _Tensor(NamedTuple):
-  """A tensor of a PyTorch file that was not read yet; offset and strides count elements."""
-
-  storage: _Storage
-  dtype: str
-  offset: int
-  shape: tuple[int, ...]
-  strides: tuple[int, ...]
-
-
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_MATLAB_MATRIX, _MATLAB_COMPRESSED = 14, 15
+_MATLAB_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+_MATLAB_CLASSES = dict(zip(range(6, 16), ("f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"), strict=True))
 
 # Where weights are in a checkpoint, in order of preference, and where moving averages of them are.
 _WEIGHT_KEYS = ("model_state", "model", "module", "state_dict", "model_state_dict", "net", "blobs")
@@ -139,7 +116,7 @@ def read(path: str | os.PathLike[str]) -> WeightFile:
     return WeightFile(path, content.kind, content.key, tensors or content.tensors, content.other, _sha256(files), size)
   except safe_pickle.UnsafePickleError:
     raise
-  except safe_pickle.PickleFileError as error:
+  except (safe_pickle.PickleFileError, torch_files.TorchFileError) as error:
     raise WeightFileError(str(error)) from None
   except OSError as error:
     raise WeightFileError(f"{error.filename or path}: {error.strerror or error}") from None
@@ -214,7 +191,7 @@ def _read_safetensors(path: Path) -> _Content:
         kind = file.get_slice(name).get_dtype()
         if re.match(r"F[468](_|$)", kind):
           raise WeightFileError(f"{path}: {name!r} is of type {kind}, which is not supported; save it as float32")
-        tensors[name] = _widened(file.get_tensor(name))
+        tensors[name] = torch_files.widened(file.get_tensor(name))
       return _select(path, "safetensors", tensors)._replace(other=file.metadata() or {})
   except safetensors.SafetensorError as error:
     raise WeightFileError(f"{path}: a safetensors file, {_AGAIN} ({error})") from None
@@ -237,11 +214,41 @@ def _read_shards(index: Path) -> tuple[_Content, list[Path]]:
 
 
 def _read_matlab(path: Path) -> _Content:
+  data = memoryview(path.read_bytes())
+  order = ">" if data[126:128] == b"MI" else "<"
   try:
-    variables = scipy.io.loadmat(path)
-  except Exception as error:  # scipy's own reader fails in many ways on damaged files
-    raise WeightFileError(f"{path}: a MATLAB file, {_AGAIN} ({error})") from None
-  return _select(path, "MATLAB", {name: value for name, value in variables.items() if not name.startswith("__")})
+    return _select(path, "MATLAB", dict(_matlab_arrays(data[128:], order)))
+  except WeightFileError:
+    raise
+  except (ValueError, LookupError, RuntimeError, struct.error, zlib.error) as error:
+    raise WeightFileError(f"{path}: a MATLAB file, {_AGAIN} ({_one_line(error)})") from None
+
+
+def _matlab_arrays(data: memoryview, order: str) -> Iterator[tuple[str, np.ndarray]]:
+  """Names and values of the numeric variables; real parts only. (SciPy's reader can crash on a damaged file.)"""
+  for kind, content in _matlab_elements(data, order):
+    if kind == _MATLAB_COMPRESSED:
+      yield from _matlab_arrays(memoryview(zlib.decompress(content)), order)
+    elif kind == _MATLAB_MATRIX:
+      (_, flags), (_, shape), (_, name), *parts = _matlab_elements(content, order)
+      dtype = _MATLAB_CLASSES.get(int(np.frombuffer(flags, f"{order}u4")[0]) & 0xFF)
+      if dtype:  # others are strings, structures, cells...
+        kind, numbers = parts[0]  # may be of a smaller type than the variable
+        array = np.frombuffer(numbers, order + _MATLAB_TYPES[kind]).astype(dtype, copy=False)
+        yield bytes(name).decode("latin1"), array.reshape(np.frombuffer(shape, f"{order}i4"), order="F")
+
+
+def _matlab_elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
+  """Types and contents of the elements that lie one after the other."""
+  while data:
+    kind, size = struct.unpack_from(f"{order}II", data)
+    start = 8
+    if kind >> 16:  # a small element: size and type share the first word, the second is the content
+      kind, size, start = kind & 0xFFFF, kind >> 16, 4
+    if start + size > len(data):
+      raise ValueError("it ends early")
+    yield kind, data[start : start + size]
+    data = data[start + size if kind == _MATLAB_COMPRESSED else -(-(start + size) // 8) * 8 :]
 
 
 def _tensorflow_prefix(path: Path) -> Path | None:
@@ -266,109 +273,44 @@ def _read_tensorflow(prefix: Path) -> tuple[_Content, list[Path]]:
 
   try:
     reader = tf.train.load_checkpoint(str(prefix))
-    tensors = {name: _widened(reader.get_tensor(name)) for name in sorted(reader.get_variable_to_shape_map())}
+    tensors = {
+      name: torch_files.widened(reader.get_tensor(name)) for name in sorted(reader.get_variable_to_shape_map())
+    }
   except (tf.errors.OpError, ValueError, RuntimeError) as error:
     raise WeightFileError(f"{prefix}: a TensorFlow checkpoint, {_AGAIN} ({_one_line(error)})") from None
   return _select(prefix, "TensorFlow checkpoint", tensors), files
 
 
 def _read_pickle(path: Path, file: IO[bytes]) -> _Content:
-  """Caffe2's, or PyTorch's older format: several pickles in a row, then the storages."""
-  tree = safe_pickle.load(file, extra=_TORCH)
-  if not isinstance(tree, int) or tree != _LEGACY_MAGIC:
-    is_caffe2 = isinstance(tree, dict) and "blobs" in tree
-    return _select(path, "Caffe2 pickle" if is_caffe2 else "pickle of arrays", tree)
-  if safe_pickle.load(file) != 1001:
-    raise WeightFileError(f"{path}: PyTorch's older format in an unknown version; save it again with a newer PyTorch")
-  safe_pickle.load(file)  # the machine that wrote it; numbers are little-endian in any case
-  dtypes = {}
-
-  def load_storage(pid: Any) -> _Storage:
-    storage = _storage(pid)
-    dtypes[storage.key] = storage.dtype
-    return storage
-
-  tree = safe_pickle.load(file, extra=_TORCH, persistent_load=load_storage)
-  places = _storage_places(path, file, dtypes)
-
-  def read_storage(key: str) -> bytes:
-    start, length = places[key]
-    file.seek(start)
-    return file.read(length)
-
-  return _select(path, "PyTorch legacy", tree, read_storage=read_storage)
-
-
-def _storage_places(path: Path, file: IO[bytes], dtypes: dict[str, str]) -> dict[str, tuple[int, int]]:
-  """Start and length in bytes of the storages that follow in the file, each after its number of elements."""
-  end = os.fstat(file.fileno()).st_size
-  places = {}
-  keys = safe_pickle.load(file)
-  if not isinstance(keys, list) or not all(isinstance(key, str) and key in dtypes for key in keys):
-    raise WeightFileError(f"{path}: PyTorch's older format, {_AGAIN} (its list of tensors is wrong)")
-  for key in keys:
-    header = file.read(8)
-    length = int.from_bytes(header, "little") * _numpy_type(path, f"storage {key}", dtypes[key]).itemsize
-    places[key] = file.tell(), length
-    if len(header) < 8 or sum(places[key]) > end:
-      raise WeightFileError(f"{path}: PyTorch's older format, {_AGAIN} (it ends within the tensors)")
-    file.seek(length, os.SEEK_CUR)
-  return places
+  tree = safe_pickle.load(file, extra=torch_files.GLOBALS)
+  if torch_files.begins_legacy(tree):
+    torch_file = torch_files.read_legacy(file)
+    return _select(path, "PyTorch legacy", torch_file.tree, torch_file.read)
+  return _select(path, "Caffe2 pickle" if isinstance(tree, dict) and "blobs" in tree else "pickle", tree)
 
 
 def _read_zip(path: Path, file: IO[bytes]) -> _Content:
-  """PyTorch's format since 1.6: a pickle, and a member for each storage."""
-  try:
-    with zipfile.ZipFile(file) as archive:
-      members = {info.filename: info for info in archive.infolist()}
-      roots = [name.removesuffix("data.pkl") for name in members if re.fullmatch(r"([^/]+/)?data\.pkl", name)]
-      if not roots:
-        raise WeightFileError(f"{path}: a zip archive (of {', '.join([*members][:3])}), not PyTorch's; {_EXPECTED}")
-      root = roots[0]
-      if f"{root}constants.pkl" in members or any(name.startswith(f"{root}code/") for name in members):
-        raise WeightFileError(
-          f"{path}: a TorchScript program; save only its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
-        )
-
-      def read_member(name: str) -> bytes:
-        info = members.get(root + name)
-        if info is None:
-          raise zipfile.BadZipFile(f"it lacks {name}")
-        if info.compress_type != zipfile.ZIP_STORED:  # could be a small file that grows to fill the memory
-          raise zipfile.BadZipFile("it is compressed, which PyTorch never does")
-        if info.CRC == 0:  # PyTorch can be told to leave the checksums out
-          del info.CRC
-        return archive.read(info)
-
-      pickled = io.BytesIO(read_member("data.pkl"))
-      tree = safe_pickle.load(pickled, extra=_TORCH, persistent_load=_storage)
-      big_endian = f"{root}byteorder" in members and read_member("byteorder") == b"big"
-      return _select(path, "PyTorch zip", tree, lambda key: read_member(f"data/{key}"), big_endian)
-  except safe_pickle.PickleFileError as error:
-    raise type(error)(f"{path}: {error}") from None
-  except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
-    raise WeightFileError(f"{path}: a zip archive, {_AGAIN} ({_one_line(error)})") from None
+  torch_file = torch_files.read_zip(file)
+  return _select(path, "PyTorch zip", torch_file.tree, torch_file.read)
 
 
 # --- From what a container holds to the weights
 
 
 def _select(
-  path: Path,
-  kind: str,
-  tree: Any,
-  read_storage: Callable[[str], bytes] | None = None,
-  big_endian: bool = False,
+  path: Path, kind: str, tree: Any, read: Callable[[dict[str, Tensor]], dict[str, np.ndarray]] | None = None
 ) -> _Content:
   """Finds the weights among all that was read and reads their numbers."""
   if _is_tensor(tree):
-    raise WeightFileError(f"{path}: a single tensor of shape {tree.shape}; expected weights by name (a state_dict)")
+    raise WeightFileError(
+      f"{path}: {kind}, but of one tensor of shape {tree.shape}; expected weights by name (a state_dict)"
+    )
   if not isinstance(tree, dict):
-    raise WeightFileError(f"{path}: a {kind} of a {type(tree).__name__}; expected weights by name (a state_dict)")
+    raise WeightFileError(f"{path}: {kind}, but of one {type(tree).__name__}; expected weights by name (a state_dict)")
   places = list(_places(tree)) or [()] * any(map(_is_tensor, tree.values()))
   if not places:
     names = ", ".join(str(name)[:40] for name in list(tree)[:8]) or "nothing"
-    raise WeightFileError(f"{path}: a {kind} without weights (it holds {names})")
+    raise WeightFileError(f"{path}: {kind}, but without weights (it holds {names})")
   level, other = tree, {}
   for name in (*places[0], None):
     other |= {key: value for key, value in level.items() if key != name and not _holds_tensors(value)}
@@ -376,7 +318,9 @@ def _select(
   if places[1:]:
     other["also"] = [".".join(place) for place in places[1:]]
   weights = {name: value for name, value in level.items() if isinstance(name, str) and _is_tensor(value)}
-  return _Content(kind, ".".join(places[0]), _arrays(path, weights, read_storage, big_endian), other)
+  if read:
+    weights |= read({name: value for name, value in weights.items() if isinstance(value, Tensor)})
+  return _Content(kind, ".".join(places[0]), weights, other)
 
 
 def _places(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -391,7 +335,7 @@ def _places(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
 
 
 def _is_tensor(value: Any) -> bool:
-  return isinstance(value, _Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc")
+  return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc")
 
 
 def _is_weight(value: Any) -> bool:
@@ -412,158 +356,5 @@ def _holds_tensors(value: Any) -> bool:
   return False
 
 
-def _arrays(
-  path: Path, weights: dict[str, Any], read_storage: Callable[[str], bytes] | None, big_endian: bool
-) -> dict[str, np.ndarray]:
-  """Reads the storages of the tensors, each once. Tensors are views of them, unless that kept much more in memory."""
-  wanted = Counter()
-  for tensor in {value for value in weights.values() if isinstance(value, _Tensor)}:
-    wanted[tensor.storage.key] += math.prod(tensor.shape)
-
-  @functools.cache
-  def elements_of(key: str, dtype: np.dtype) -> np.ndarray:
-    assert read_storage
-    elements = np.frombuffer(read_storage(key), dtype)
-    return _widened(elements.byteswap() if big_endian else elements)
-
-  @functools.cache
-  def array_of(tensor: _Tensor) -> np.ndarray:
-    elements = elements_of(tensor.storage.key, np.dtype(tensor.dtype))
-    last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-    if min((tensor.offset, *tensor.shape, *tensor.strides)) < 0 or (0 not in tensor.shape and last >= elements.size):
-      raise ValueError(f"shape {tensor.shape} does not fit {elements.size} numbers")
-    strides = [stride * elements.itemsize for stride in tensor.strides]
-    view = np.lib.stride_tricks.as_strided(elements[tensor.offset :], tensor.shape, strides)
-    return view.copy() if 2 * wanted[tensor.storage.key] < elements.size else view
-
-  arrays = {}
-  for name, value in weights.items():
-    if isinstance(value, _Tensor):
-      _numpy_type(path, name, value.dtype)
-    try:
-      arrays[name] = array_of(value) if isinstance(value, _Tensor) else value
-    except ValueError as error:
-      raise WeightFileError(f"{path}: tensor {name!r} is {_AGAIN} ({error})") from None
-  return arrays
-
-
-def _numpy_type(path: Path, name: str, dtype: str) -> np.dtype:
-  try:
-    return np.dtype(dtype)
-  except TypeError:
-    raise WeightFileError(f"{path}: {name!r} is a {dtype} tensor, which is not supported; save it as float32") from None
-
-
 def _one_line(error: Exception) -> str:
   return " ".join(str(error).split())[:200]
-
-
-def _widened(array: Any) -> np.ndarray:
-  """Types that NumPy itself does not know (bfloat16, 8 bits) to float32, which holds all their values."""
-  array = np.asarray(array)
-  return array.astype(np.float32) if array.dtype.kind == "V" else array
-
-
-# --- What the pickles of PyTorch name
-
-
-def _storage(pid: Any) -> _Storage:
-  tag, dtype, key, _, _, *view = pid
-  if tag != "storage" or not isinstance(key, str) or not isinstance(dtype, str):
-    raise ValueError("an unknown persistent id")
-  start = operator.index(view[0][1]) if view and view[0] else 0
-  return _Storage(key, dtype, start)
-
-
-def _tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any, dtype: str | None = None) -> _Tensor:
-  if not isinstance(storage, _Storage):
-    raise TypeError("a tensor without storage")
-  shape, strides = (tuple(map(operator.index, sizes)) for sizes in (shape, strides))
-  return _Tensor(storage, dtype or storage.dtype, storage.start + operator.index(offset), shape, strides)
-
-
-def _tensor_v2(*arguments: Any) -> _Tensor:
-  flags = arguments[6:]  # complex numbers that are yet to be conjugated or negated
-  return _tensor(*arguments[:6], dtype="lazily conjugated" if any(flags) else None)
-
-
-def _tensor_v3(*arguments: Any) -> _Tensor:
-  return _tensor(*arguments[:6], dtype=str(arguments[6]))
-
-
-def _parameter(data: Any, *_: Any) -> Any:
-  return data
-
-
-def _subclass(build: Callable, _: Any, arguments: tuple, *__: Any) -> Any:
-  return build(*arguments)
-
-
-def _unsupported(kind: str) -> Callable[..., _Tensor]:
-  """An error only if the tensor is among the weights."""
-  return lambda *_: _Tensor(_Storage("", kind, 0), kind, 0, (0,), (1,))
-
-
-_STORAGE_TYPES = {
-  **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16"},
-  **{"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"},
-  **{"ComplexFloat": "complex64", "ComplexDouble": "complex128"},
-  **{"QInt8": "quantised", "QUInt8": "quantised", "QInt32": "quantised"},
-}
-_DTYPES = (
-  *_STORAGE_TYPES.values(),
-  *("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"),
-)
-# Classes of the config, path and log objects that published checkpoints carry beside their weights. Only their
-# items and attributes are kept, so nothing has to be installed to read them, and nothing of theirs is run.
-_COMPANIONS = (
-  "argparse.Namespace",
-  "addict.addict.Dict",
-  "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-  "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-  "detectron2.config.config.CfgNode",
-  "easydict.EasyDict",
-  "fvcore.common.config.CfgNode",
-  "lightning_fabric.utilities.data.AttributeDict",
-  "mmcv.utils.config.Config",
-  "mmcv.utils.config.ConfigDict",
-  "mmengine.config.config.Config",
-  "mmengine.config.config.ConfigDict",
-  "mmengine.logging.history_buffer.HistoryBuffer",
-  "omegaconf.base.ContainerMetadata",
-  "omegaconf.base.Metadata",
-  "omegaconf.dictconfig.DictConfig",
-  "omegaconf.listconfig.ListConfig",
-  *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Float", "Integer", "String")),
-  *(f"pathlib.{kind}Path" for kind in ("Posix", "Windows", "PurePosix", "PureWindows")),
-  *(f"pathlib._local.{kind}Path" for kind in ("Posix", "Windows", "PurePosix", "PureWindows")),
-  "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-  "pytorch_lightning.utilities.parsing.AttributeDict",
-  "torch.device",
-  "typing.Any",
-  "yacs.config.CfgNode",
-)
-_TORCH: dict[str, Any] = {
-  **dict.fromkeys(_COMPANIONS, StandIn),
-  **{f"torch.{name}Storage": dtype for name, dtype in _STORAGE_TYPES.items()},
-  **{f"torch.{dtype}": dtype for dtype in _DTYPES},
-  "torch.Size": tuple,
-  "torch.Tensor": _parameter,
-  "torch._tensor._rebuild_from_type_v2": _subclass,
-  "torch._utils._rebuild_device_tensor_from_numpy": _parameter,
-  "torch._utils._rebuild_meta_tensor_no_storage": _unsupported("value-less (meta)"),
-  "torch._utils._rebuild_parameter": _parameter,
-  "torch._utils._rebuild_parameter_with_state": _parameter,
-  "torch._utils._rebuild_qtensor": _unsupported("quantised"),
-  "torch._utils._rebuild_sparse_tensor": _unsupported("sparse"),
-  "torch._utils._rebuild_tensor": _tensor,
-  "torch._utils._rebuild_tensor_v2": _tensor_v2,
-  "torch._utils._rebuild_tensor_v3": _tensor_v3,
-  "torch.nn.parameter.Buffer": _parameter,
-  "torch.nn.parameter.Parameter": _parameter,
-  "torch.per_channel_affine": "per_channel_affine",
-  "torch.per_tensor_affine": "per_tensor_affine",
-  "torch.serialization._get_layout": _parameter,
-  "torch.storage.UntypedStorage": "uint8",
-  "torch.storage._UntypedStorage": "uint8",
-}
