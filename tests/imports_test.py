@@ -29,6 +29,7 @@ ALLOWED = {
   "describe": {"models", "backbones", "checkpoint", "train", "optim", "sharding"},
   "train": {"checkpoint", "optim", "sharding", "ops"},
   "evaluate": {"sharding", "metrics"},
+  "doctor": {"metrics"},
   "predict": {"checkpoint", "datasets", "ops", "visualize"},
   "main": {
     *("checkpoint", "convert", "datasets", "evaluate", "metrics", "models", "optim", "predict", "sharding", "train"),
