@@ -3,30 +3,33 @@
 Every function is exact and works on all rows at once; `analyse` runs them all.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Set
+from typing import NamedTuple
 
 import numpy as np
 
 from vad_jax.annotations import Rows
 from vad_jax.metrics.frame_map import (
-  MAX_ROWS,
   FrameMap,
   average_precision,
   best_overlaps,
   curves,
   frame_map,
+  frame_maps,
   keyframe_ids,
   true_positives,
 )
+from vad_jax.metrics.protocols import MAX_ROWS, PROTOCOLS, best_first, has_area, in_order
 
 KINDS = ("correct", "localisation", "confusion", "duplicate", "background")  # of a detection, see `Errors`
 _CORRECT, _LOCALISATION, _CONFUSION, _DUPLICATE, _BACKGROUND = range(5)
 _TOUCHING = 0.1  # least IoU of a misplaced detection
 _NUM_AREAS = 5
 _MOST_ACTORS = 6  # keyframes with as many or more are one group
+_NUM_EXAMPLES = 6
 _IOUS = np.round(np.arange(0.5, 1.0, 0.05), 2).tolist()
 
 Score = Callable[[Rows, Rows], FrameMap]
@@ -109,8 +112,8 @@ class Example(NamedTuple):
     timestamp: seconds.
     score: mean over its annotated classes of the AP of this keyframe alone.
     ground_truth: its annotations.
-    found: ``[G]`` bool, whether one of the detections below claims the annotation.
-    detections: those among the best of their class, as in `Errors`.
+    found_score: ``[G]`` score of the detection that claims the annotation, NaN where none does.
+    detections: the correct ones, and those that are among the best of their class, as in `Errors`.
     kind: ``[D]`` index into `KINDS`.
   """
 
@@ -118,7 +121,7 @@ class Example(NamedTuple):
   timestamp: float
   score: float
   ground_truth: Rows
-  found: np.ndarray
+  found_score: np.ndarray
   detections: Rows
   kind: np.ndarray
 
@@ -170,6 +173,7 @@ class Match(NamedTuple):
     nearest: ``[D]`` the person that lies under the detection (IoU at or above the threshold), -1 where nobody.
     is_best: ``[D]`` bool, among the best ``G`` of its class.
     num_truth: class id to number of annotations.
+    scored: ids of the classes that the mAP is the mean over.
   """
 
   truth: Rows
@@ -182,40 +186,47 @@ class Match(NamedTuple):
   nearest: np.ndarray
   is_best: np.ndarray
   num_truth: dict[int, int]
+  scored: list[int]
 
 
 def analyse(
-  ground_truth: Rows, detections: Rows, label_map: Mapping[int, str], *, iou: float = 0.5, num_examples: int = 6
+  ground_truth: Rows,
+  detections: Rows,
+  label_map: dict[int, str],
+  *,
+  iou: float = 0.5,
+  protocol: str = "activitynet",
+  excluded: Set[tuple[str, float]] = frozenset(),
 ) -> Analysis:
-  """Runs every analysis of this file.
-
-  Args:
-    ground_truth: annotations; a row with action 0 says that the keyframe was annotated and holds nobody.
-    detections: one row for each box and action; ``extra`` is the score.
-    label_map: class id to name; the classes to score.
-    iou: least IoU of a true positive, inclusive.
-    num_examples: how many best and how many worst keyframes.
+  """Runs every analysis of this file; arguments are those of `frame_map`.
 
   Raises:
-    ValueError: what `frame_map` raises.
+    ValueError: what `frame_map` raises, or all annotated keyframes are excluded.
   """
-
-  def score(truth: Rows, found: Rows) -> FrameMap:
-    return frame_map(truth, found, dict(label_map), iou=iou)
-
-  result = score(ground_truth, detections)
-  matched = match(ground_truth, detections, label_map, iou=iou)
+  result, *others = frame_maps(
+    ground_truth, detections, label_map, ious=(iou, *_IOUS), protocol=protocol, excluded=excluded
+  )
+  # What follows looks at annotations of scored classes only. Emptied rows keep their keyframes annotated.
+  truth = _keep(ground_truth, np.isin(ground_truth.action, list(label_map)))
+  if excluded:
+    detections = detections.select(~_is_in(detections, excluded))
+    if not PROTOCOLS[protocol].counts_excluded:
+      truth = truth.select(~_is_in(truth, excluded))
+  if not truth.action.any():
+    raise ValueError("every annotation is on an excluded keyframe: nothing to score against")
+  score = functools.partial(frame_map, label_map=label_map, iou=iou, protocol=protocol)
+  matched = match(truth, detections, label_map, iou=iou, protocol=protocol)
   return Analysis(
     frame_map=result,
-    by_iou={iou: frame_map(ground_truth, detections, dict(label_map), iou=iou).mean_ap for iou in _IOUS},
+    by_iou={other.iou: other.mean_ap for other in others},
     precision={index: _at_recalls(curve.precision, curve.recall) for index, curve in result.curves.items()},
-    by_area=by_area(ground_truth, detections, score),
-    by_actors=by_actors(ground_truth, detections, score),
-    oracle=oracle(ground_truth, detections, score),
+    by_area=by_area(truth, detections, score),
+    by_actors=by_actors(truth, detections, score),
+    oracle=oracle(truth, detections, score),
     errors=errors(matched),
     confusion=confusion(matched),
-    best=rank_keyframes(matched, num_examples, best=True),
-    worst=rank_keyframes(matched, num_examples, best=False),
+    best=rank_keyframes(matched, _NUM_EXAMPLES, best=True),
+    worst=rank_keyframes(matched, _NUM_EXAMPLES, best=False),
   )
 
 
@@ -295,27 +306,36 @@ def oracle(ground_truth: Rows, detections: Rows, score: Score) -> Oracle:
   )
 
 
-def match(ground_truth: Rows, detections: Rows, label_map: Mapping[int, str], *, iou: float = 0.5) -> Match:
-  """Finds out what each detection lies on.
-
-  Detections are those that `frame_map` scores.
-  """
+def match(
+  ground_truth: Rows, detections: Rows, label_map: dict[int, str], *, iou: float = 0.5, protocol: str = "activitynet"
+) -> Match:
+  """Finds out what each detection lies on; arguments are those of `frame_map`."""
+  rules = PROTOCOLS[protocol]
+  labelled = np.isin(ground_truth.action, list(label_map))
+  if rules.needs_label:
+    ground_truth, labelled = ground_truth.select(labelled), labelled[labelled]
   truth_keyframe, keyframe = keyframe_ids(ground_truth, detections)
-  annotated = np.isin(ground_truth.action, list(label_map))
-  truth, truth_keyframe = ground_truth.select(annotated), truth_keyframe[annotated]
-  order = np.lexsort((-detections.extra, keyframe))
-  order = order[np.isin(detections.action[order], list(label_map)) & (keyframe[order] >= 0)]
-  order = order[_occurrence(keyframe[order]) < MAX_ROWS]
-  x1, y1, x2, y2 = detections.boxes[order].T
-  order = order[(x1 < x2) & (y1 < y2)]
-  found, keyframe = detections.select(order), keyframe[order]
+  truth, truth_keyframe = ground_truth.select(labelled), truth_keyframe[labelled]
+  order = in_order(truth, truth_keyframe, best_first(truth, truth_keyframe), rules.order, len(truth_keyframe))
+  truth, truth_keyframe = truth.select(order), truth_keyframe[order]
+  truth_boxes = truth.boxes.astype(rules.dtype)
+
+  scored = np.isin(detections.action, list(label_map)) & ((keyframe >= 0) | rules.scores_unannotated)
+  found, keyframe = detections.select(scored), keyframe[scored]
+  _, first, inverse = np.unique(keyframe, return_index=True, return_inverse=True)
+  rank = first[inverse] if rules.ranks_by_file else keyframe
+  order = in_order(found, rank, best_first(found, rank), rules.order, MAX_ROWS)
+  if rules.drops_empty:
+    order = order[has_area(found.boxes[order])]
+  found, keyframe = found.select(order), keyframe[order]
+  boxes = found.boxes.astype(rules.dtype)
 
   num_groups = max(label_map) + 1
   overlap, box = best_overlaps(
-    truth_keyframe * num_groups + truth.action, truth.boxes, keyframe * num_groups + found.action, found.boxes
+    truth_keyframe * num_groups + truth.action, truth_boxes, keyframe * num_groups + found.action, boxes
   )
   people, person = _distinct(truth_keyframe, truth.boxes)
-  person_overlap, nearest = best_overlaps(truth_keyframe[people], truth.boxes[people], keyframe, found.boxes)
+  person_overlap, nearest = best_overlaps(truth_keyframe[people], truth_boxes[people], keyframe, boxes)
   kind = np.full(len(order), _BACKGROUND)
   kind[person_overlap >= iou] = _CONFUSION
   kind[(overlap >= _TOUCHING) & (overlap < iou)] = _LOCALISATION
@@ -323,6 +343,7 @@ def match(ground_truth: Rows, detections: Rows, label_map: Mapping[int, str], *,
   kind[true_positives(overlap, box, iou)] = _CORRECT
 
   count = np.bincount(truth.action, minlength=num_groups)
+  num_truth = {index: int(count[index]) for index in sorted(label_map)}
   ranking = np.lexsort((-np.arange(len(order)), -found.extra, found.action))
   is_best = np.zeros(len(order), bool)
   is_best[ranking] = _occurrence(found.action[ranking]) < count[found.action[ranking]]
@@ -336,7 +357,8 @@ def match(ground_truth: Rows, detections: Rows, label_map: Mapping[int, str], *,
     box=box,
     nearest=np.where(person_overlap >= iou, nearest, -1),
     is_best=is_best,
-    num_truth={index: int(count[index]) for index in sorted(label_map)},
+    num_truth=num_truth,
+    scored=[c for c, total in num_truth.items() if total and (rules.counts_undetected or (found.action == c).any())],
   )
 
 
@@ -364,10 +386,9 @@ def errors(matched: Match) -> Errors:
     # A class that misses every box has nothing else to ask for once these are mended.
     aps = [
       average_precision(by_class[index].precision, by_class[index].recall) if num_truth[index] else 1.0
-      for index, total in matched.num_truth.items()
-      if total
+      for index in matched.scored
     ]
-    return float(np.mean(aps))
+    return float(np.mean(aps)) if aps else math.nan
 
   nothing = np.empty(0, np.int64)
   base = mean_ap(None, nothing, found.action)
@@ -401,31 +422,33 @@ def confusion(matched: Match) -> Confusion:
 def rank_keyframes(matched: Match, count: int, *, best: bool) -> list[Example]:
   """The keyframes with the highest, or the lowest, scores; among equal ones those with more people come first.
 
-  No video comes twice while another has not come yet.
+  No video comes twice while another has not come yet. What scores 0 is not among the best, nor 1 among the worst.
   """
   truth, found = matched.truth, matched.found
   keyframes, first, ap = _keyframe_scores(matched)
   people, _ = _distinct(matched.truth_keyframe, truth.boxes)
   num_people = np.bincount(matched.truth_keyframe[people])[keyframes]
   order = np.lexsort((-num_people, -ap if best else ap))
-  _, video = np.unique(truth.video[first], return_inverse=True)
+  order = order[ap[order] > 0 if best else ap[order] < 1]
+  _, video = np.unique(truth.video[first[order]], return_inverse=True)
   turn = np.empty(len(order), np.int64)
-  turn[np.argsort(video[order], kind="stable")] = _occurrence(np.sort(video))
+  turn[np.argsort(video, kind="stable")] = _occurrence(np.sort(video))
   chosen = order[np.sort(np.argsort(turn, kind="stable")[:count])]
 
-  claims = np.zeros(len(truth.action), bool)
-  claims[matched.box[matched.is_best & (matched.kind == _CORRECT)]] = True
+  correct = matched.kind == _CORRECT
+  found_score = np.full(len(truth.action), np.nan)
+  found_score[matched.box[correct]] = found.extra[correct]
   result = []
   for index in chosen:
     annotations = np.flatnonzero(matched.truth_keyframe == keyframes[index])
-    shown = np.flatnonzero((matched.keyframe == keyframes[index]) & matched.is_best)
+    shown = np.flatnonzero((matched.keyframe == keyframes[index]) & (matched.is_best | correct))
     result.append(
       Example(
         video=str(truth.video[first[index]]),
         timestamp=float(truth.timestamp[first[index]]),
         score=float(ap[index]),
         ground_truth=truth.select(annotations),
-        found=claims[annotations],
+        found_score=found_score[annotations],
         detections=found.select(shown),
         kind=matched.kind[shown],
       )
@@ -437,29 +460,6 @@ def compare(before: FrameMap, after: FrameMap) -> list[Change]:
   """What changed from one run to another, the largest gain first; classes that both score."""
   changes = [Change(c, before.ap[c], after.ap[c], after.ap[c] - before.ap[c]) for c in after.ap if c in before.ap]
   return sorted((c for c in changes if not math.isnan(c.gain)), key=lambda change: -change.gain)
-
-
-def scalars(analysis: Analysis) -> dict[str, float]:
-  """The numbers of an analysis under flat names, such as ``oracle/boxes``; those that are NaN are left out."""
-  result = {f"mean_ap/iou_{iou:.2f}": value for iou, value in analysis.by_iou.items()}
-  result |= {f"oracle/{name}": value for name, value in analysis.oracle._asdict().items()}
-  result |= {f"gain/{name}": value for name, value in analysis.errors.gain.items()}
-  for group, subsets in (("area", analysis.by_area), ("actors", analysis.by_actors)):
-    result |= {f"mean_ap_by_{group}/{index}_{subset.name}": subset.mean_ap for index, subset in enumerate(subsets)}
-  return {name: value for name, value in result.items() if not math.isnan(value)}
-
-
-def to_json(value: Any) -> Any:
-  """Turns results into what `json.dump` writes: arrays and tuples to lists or objects, NaN to null."""
-  if hasattr(value, "_asdict"):
-    return to_json(value._asdict())
-  if isinstance(value, Mapping):
-    return {str(key): to_json(item) for key, item in value.items()}
-  if isinstance(value, np.ndarray | np.generic):
-    return to_json(value.tolist())
-  if isinstance(value, list | tuple):
-    return [to_json(item) for item in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _subset(name: str, truth: Rows, found: Rows, score: Score) -> Subset:
@@ -478,6 +478,13 @@ def _subset(name: str, truth: Rows, found: Rows, score: Score) -> Subset:
 def _keep(ground_truth: Rows, kept: np.ndarray) -> Rows:
   """Empties the other rows: their keyframes stay annotated, so that what is found there is wrong."""
   return ground_truth._replace(action=np.where(kept, ground_truth.action, 0).astype(np.int32))
+
+
+def _is_in(rows: Rows, keyframes: Set[tuple[str, float]]) -> np.ndarray:
+  video, timestamp = zip(*keyframes, strict=True)
+  nothing = np.zeros(len(video))
+  listed = Rows(np.array(video, object), np.array(timestamp, float), np.zeros((len(video), 4)), nothing, nothing)
+  return keyframe_ids(listed, rows)[1] >= 0
 
 
 def _missed_classes(matched: Match, claimed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
-"""One HTML page on a run: headline numbers, AP by class, keyframes drawn, annotated video, settings.
+"""One HTML page on a set of detections: how good they are, what is wrong with them, how that looks.
 
-The page opens offline and needs no JavaScript: pictures are part of it, and so is a small video.
+The page opens offline and needs no JavaScript: charts and pictures are part of it, and so is a small video. The
+same numbers stand as JSON beside it.
 """
 
 import base64
@@ -8,8 +9,9 @@ import importlib.resources
 import json
 import math
 import os
+import string
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,115 +21,391 @@ import numpy as np
 
 import vad_jax
 from vad_jax.annotations import PathLike
+from vad_jax.metrics.analysis import KINDS, Analysis, Confusion, Example, compare
 from vad_jax.metrics.frame_map import FrameMap
 
 _INLINE_VIDEO_BYTES = 6 << 20  # larger videos stay a file beside the page
-_SHOWN = {"frame_map_50": "frame-mAP@0.5", "person_ap_50": "person AP@0.5", "wall_seconds": "wall time"}
+_PICTURE_WIDTH = 560
+_NUM_CONFUSED_CLASSES = 20
+_NUM_CONFUSED_PAIRS = 10
+_HEADLINE = {"person_ap_50": "person AP@0.5", "wall_seconds": "wall time"}  # of metrics; the others go to a table
+_MEANINGS = {
+  "correct": "claims a box of its class",
+  "localisation": "right class, box too far off",
+  "confusion": "on a person who does something else",
+  "duplicate": "on a box that a better one has claimed",
+  "background": "on nobody",
+  "missed": "annotated, and no detection claims it",
+}
+
+Frames = Callable[[str, float], np.ndarray | None]
 
 
 class _ClassRow(NamedTuple):
-  index: int
   name: str
   ap: float
   num_ground_truth: int
   num_detections: int
   num_train: int | None
+  train_share: float  # of the largest class, on a logarithmic scale
+  kinds: dict[str, int]  # of the best detections
+  precision: np.ndarray  # at 101 recalls
 
 
-class _Figure(NamedTuple):
-  caption: str
-  source: str
+class _Chart(NamedTuple):
+  title: str
+  axis: str
+  bars: list[tuple[str, float, str]]  # name, value, note
+  top: float  # of the scale
+  ticks: list[float]
+  colored: bool = False  # each bar in the colour of the mistake that it is named after
+
+
+class _HeatRow(NamedTuple):
+  name: str
+  num_people: int
+  cells: list[tuple[float, float, str]]  # share of the people, depth of the colour, in words
+
+
+class _Box(NamedTuple):
+  mark: str
+  kind: str
+  x: float
+  y: float
+  width: float
+  height: float
+
+
+class _Person(NamedTuple):
+  mark: str
+  labels: list[tuple[str, float]]  # class, score of the detection that found it or NaN
+
+
+class _Picture(NamedTuple):
+  title: str
+  score: float
+  source: str | None
   width: int
   height: int
+  boxes: list[_Box]
+  people: list[_Person]
+  mistakes: list[tuple[str, str, float, str]]  # mark, class, score, kind
 
 
 def write_report(
   path: PathLike,
+  analysis: Analysis,
   *,
   title: str,
-  metrics: Mapping[str, Any],
-  frame_map: FrameMap,
   label_map: Mapping[int, str],
+  facts: Mapping[str, Any] | None = None,
+  metrics: Mapping[str, Any] | None = None,
   train_counts: Mapping[int, int] | None = None,
-  examples: Sequence[tuple[str, np.ndarray]] = (),
+  frames: Frames | None = None,
   video: PathLike | None = None,
   config: Mapping[str, Any] | None = None,
+  warnings: Sequence[str] = (),
+  before: tuple[str, FrameMap] | None = None,
 ) -> None:
-  """Writes the page.
+  """Writes the page, and its numbers to a file of the same name that ends in ``.json``.
 
   Args:
     path: the HTML file; its directory has to exist.
+    analysis: what the page shows.
     title: heading, for example the name of the run.
-    metrics: name to number; fractions under ``frame_map_50`` and ``person_ap_50`` and seconds under
-      ``wall_seconds`` become the headline, the rest a table.
-    frame_map: what the bars show.
     label_map: class id to name.
-    train_counts: class id to number of training boxes.
-    examples: captions and ``[H, W, 3]`` uint8 RGB pictures.
+    facts: what was scored and how, such as protocol, label map and files; shown as a table.
+    metrics: name to number; ``person_ap_50`` (a fraction) and ``wall_seconds`` become part of the headline, the
+      rest a table.
+    train_counts: class id to number of training boxes; they order the classes.
+    frames: gives the picture of a keyframe, ``[H, W, 3]`` uint8 RGB, or None where there is none.
     video: an mp4; becomes part of the page when it is small, else a link relative to the page.
     config: settings of the run, shown folded.
+    warnings: sentences that the reader should know before the numbers.
+    before: name and scores of another run, to compare with.
 
   Raises:
     FileNotFoundError: there is no such video or directory.
   """
   path = Path(path)
-  rows = [
-    _ClassRow(
-      index,
-      label_map[index],
-      ap,
-      frame_map.num_ground_truth[index],
-      frame_map.num_detections[index],
-      None if train_counts is None else int(train_counts.get(index, 0)),
-    )
-    for index, ap in frame_map.ap.items()
-  ]
-  environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-  environment.filters |= {"percent": _percent, "number": _number}
+  scores = analysis.frame_map
+  metrics = {name: value for name, value in (metrics or {}).items() if name != "frame_map_50"}
+  changes = compare(before[1], scores) if before else []
+  rows = _class_rows(analysis, label_map, train_counts)
+  environment = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+  )
+  environment.filters |= {"percent": _percent, "points": _points, "number": _number, "curve": _curve}
   template = environment.from_string(
     importlib.resources.files("vad_jax.metrics").joinpath("report.html").read_text(encoding="utf-8")
   )
   page = template.render(
     title=title,
-    headline=[(label, _headline(name, metrics[name])) for name, label in _SHOWN.items() if name in metrics],
-    metrics={name: value for name, value in metrics.items() if name not in _SHOWN},
-    frame_map=frame_map,
-    num_boxes=sum(frame_map.num_ground_truth.values()),
-    scored=sorted((row for row in rows if not math.isnan(row.ap)), key=lambda row: (-row.ap, row.name)),
+    headline=_headline(analysis, metrics),
+    warnings=warnings,
+    facts=_counts(analysis) | dict(facts or {}) | {k: v for k, v in metrics.items() if k not in _HEADLINE},
+    frame_map=scores,
+    charts=_charts(analysis),
+    oracle=analysis.oracle,
+    kinds=KINDS,
+    meanings=_MEANINGS,
+    errors=analysis.errors,
+    best_totals={kind: sum(counts.values()) for kind, counts in analysis.errors.best_counts.items()},
+    totals={kind: sum(counts.values()) for kind, counts in analysis.errors.counts.items()},
+    scored=[row for row in rows if not math.isnan(row.ap)],
     unscored=[row.name for row in rows if math.isnan(row.ap)],
     has_train_counts=train_counts is not None,
-    figures=[_figure(caption, image) for caption, image in examples],
+    heat=_heat_map(analysis.confusion, label_map),
+    pairs=_confused_pairs(analysis.confusion, label_map),
+    pictures=[
+      (name, [_picture(example, label_map, frames) for example in examples])
+      for name, examples in (("Best keyframes", analysis.best), ("Worst keyframes", analysis.worst))
+    ],
+    before=before,
+    changes=[(label_map[change.action], change) for change in changes],
+    largest_change=max((abs(change.gain) for change in changes), default=0.0) or 1.0,
     video=None if video is None else _video_source(Path(video), path),
     config=None if config is None else json.dumps(config, indent=2, default=str),
+    json_name=path.with_suffix(".json").name,
     version=vad_jax.__version__,
   )
+  numbers = {
+    "title": title,
+    "label_map": label_map,
+    "facts": facts or {},
+    "metrics": metrics,
+    "warnings": warnings,
+    "train_counts": train_counts,
+    "analysis": analysis._asdict() | {"frame_map": scores._replace(curves={})},
+    "compared_with": before and {"name": before[0], "mean_ap": before[1].mean_ap, "changes": changes},
+    "config": config,
+  }
+  _write(path, page)
+  _write(path.with_suffix(".json"), json.dumps(to_json(numbers), indent=1, default=str, allow_nan=False) + "\n")
+
+
+def scalars(analysis: Analysis) -> dict[str, float]:
+  """The numbers of an analysis under flat names, such as ``oracle/boxes``; those that are NaN are left out."""
+  result = {f"mean_ap/iou_{iou:.2f}": value for iou, value in analysis.by_iou.items()}
+  result |= {f"oracle/{name}": value for name, value in analysis.oracle._asdict().items()}
+  result |= {f"gain/{name}": value for name, value in analysis.errors.gain.items()}
+  for group, subsets in (("area", analysis.by_area), ("actors", analysis.by_actors)):
+    result |= {f"mean_ap_by_{group}/{index}_{subset.name}": subset.mean_ap for index, subset in enumerate(subsets)}
+  return {name: value for name, value in result.items() if not math.isnan(value)}
+
+
+def to_json(value: Any) -> Any:
+  """Turns results into what `json.dump` writes: arrays and tuples to lists or objects, NaN to null."""
+  if hasattr(value, "_asdict"):
+    return to_json(value._asdict())
+  if isinstance(value, Mapping):
+    return {str(key): to_json(item) for key, item in value.items()}
+  if isinstance(value, np.ndarray | np.generic):
+    return to_json(value.tolist())
+  if isinstance(value, list | tuple):
+    return [to_json(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, text: str) -> None:
   unfinished = path.with_name(path.name + ".part")
-  unfinished.write_text(page, encoding="utf-8")
+  unfinished.write_text(text, encoding="utf-8")
   unfinished.replace(path)
 
 
-def _headline(name: str, value: float) -> str:
-  if name != "wall_seconds":
-    return _percent(value)
+def _headline(analysis: Analysis, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+  tiles = [
+    (f"frame-mAP@{analysis.frame_map.iou:g}", _percent(analysis.frame_map.mean_ap)),
+    ("frame-mAP@0.5:0.95", _percent(float(np.mean(list(analysis.by_iou.values()))))),
+  ]
+  for name, label in _HEADLINE.items():
+    if name in metrics:
+      tiles.append((label, _duration(metrics[name]) if name == "wall_seconds" else _percent(metrics[name])))
+  return tiles
+
+
+def _counts(analysis: Analysis) -> dict[str, int]:
+  scores = analysis.frame_map
+  return {
+    "annotated keyframes": scores.num_keyframes,
+    "annotated boxes, one for each action": sum(scores.num_ground_truth.values()),
+    "scored detections": sum(scores.num_detections.values()),
+    "of these correct": sum(scores.num_true_positives.values()),
+    "classes with ground truth": sum(count > 0 for count in scores.num_ground_truth.values()),
+  }
+
+
+def _class_rows(
+  analysis: Analysis, label_map: Mapping[int, str], train_counts: Mapping[int, int] | None
+) -> list[_ClassRow]:
+  """The classes; those with most training data come first, or without such counts those with most ground truth."""
+  scores = analysis.frame_map
+  order = train_counts or scores.num_ground_truth
+  most = math.log1p(max(order.values(), default=0)) or 1.0
+  return [
+    _ClassRow(
+      label_map[index],
+      scores.ap[index],
+      scores.num_ground_truth[index],
+      scores.num_detections[index],
+      None if train_counts is None else int(train_counts.get(index, 0)),
+      math.log1p(order.get(index, 0)) / most,
+      {kind: counts[index] for kind, counts in analysis.errors.best_counts.items()},
+      analysis.precision[index],
+    )
+    for index in sorted(scores.ap, key=lambda index: (-order.get(index, 0), index))
+  ]
+
+
+def _charts(analysis: Analysis) -> dict[str, _Chart]:
+  oracle = analysis.oracle
+  return {
+    "iou": _chart("mAP by IoU", "least IoU", [(f"{iou:.2f}"[1:], ap, "") for iou, ap in analysis.by_iou.items()]),
+    "area": _chart(
+      "mAP by size of the person",
+      "box, share of the frame",
+      [(s.name, s.mean_ap, f"{s.num_boxes:,}") for s in analysis.by_area],
+    ),
+    "actors": _chart(
+      "mAP by number of people",
+      "annotated people in the keyframe",
+      [(s.name, s.mean_ap, f"{s.num_boxes:,}") for s in analysis.by_actors],
+    ),
+    "oracle": _chart(
+      "With help from the ground truth",
+      "taken from the ground truth",
+      [
+        ("nothing", oracle.detections, ""),
+        ("boxes", oracle.boxes, ""),
+        ("labels", oracle.labels, ""),
+        ("both", oracle.both, ""),
+      ],
+    ),
+    "gain": _chart(
+      "What mending mistakes would gain",
+      "mistake",
+      [(name, gain, "") for name, gain in analysis.errors.gain.items()],
+      colored=True,
+    ),
+  }
+
+
+def _chart(title: str, axis: str, bars: list[tuple[str, float, str]], colored: bool = False) -> _Chart:
+  largest = max((value for _, value, _ in bars if not math.isnan(value)), default=0.0)
+  step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25) if largest <= 4 * step or step == 0.25)
+  return _Chart(title, axis, bars, 4 * step, [index * step for index in range(5)], colored)
+
+
+def _heat_map(confusion: Confusion, label_map: Mapping[int, str]) -> list[_HeatRow]:
+  """The most confused classes, in the order of their ids."""
+  chosen: set[int] = set()
+  for _, pair in _pairs(confusion):
+    if len(chosen | set(pair)) > _NUM_CONFUSED_CLASSES:
+      break
+    chosen |= set(pair)
+  index = sorted(chosen)
+  share = confusion.matrix[np.ix_(index, index)] / np.maximum(confusion.num_people[index], 1)[:, None]
+  depth = np.where(
+    np.eye(len(index), dtype=bool), share, share / max((share - np.diag(share.diagonal())).max(initial=0), 1e-9)
+  )
+  names = [label_map[int(confusion.classes[i])] for i in index]
+  rows = []
+  for i, name in enumerate(names):
+    people = int(confusion.num_people[index[i]])
+    words = [
+      f"{name}: {names[j]} found on {confusion.matrix[index[i], index[j]]:,} of {people:,}" for j in range(len(names))
+    ]
+    rows.append(_HeatRow(name, people, list(zip(share[i].tolist(), depth[i].tolist(), words, strict=True))))
+  return rows
+
+
+def _confused_pairs(confusion: Confusion, label_map: Mapping[int, str]) -> list[tuple[str, str, int, int]]:
+  return [
+    (
+      label_map[int(confusion.classes[row])],
+      label_map[int(confusion.classes[column])],
+      count,
+      int(confusion.num_people[row]),
+    )
+    for count, (row, column) in _pairs(confusion)[:_NUM_CONFUSED_PAIRS]
+  ]
+
+
+def _pairs(confusion: Confusion) -> list[tuple[int, tuple[int, int]]]:
+  """Count, row and column of all confusions, the most frequent first."""
+  matrix = confusion.matrix * (1 - np.eye(len(confusion.classes), dtype=np.int64))
+  rows, columns = np.nonzero(matrix)
+  counts = matrix[rows, columns]
+  order = np.argsort(-counts, kind="stable")
+  return [(int(counts[i]), (int(rows[i]), int(columns[i]))) for i in order]
+
+
+def _picture(example: Example, label_map: Mapping[int, str], frames: Frames | None) -> _Picture:
+  frame = frames(example.video, example.timestamp) if frames else None
+  height, width = frame.shape[:2] if frame is not None else (9, 16)
+  height, width = round(_PICTURE_WIDTH * height / width), _PICTURE_WIDTH
+  scale = np.array([width, height, width, height])
+  boxes, people, mistakes = [], [], []
+
+  def add(mark: str, kind: str, box: np.ndarray) -> None:
+    x1, y1, x2, y2 = np.clip(box, 0, 1) * scale
+    boxes.append(_Box(mark, kind, x1, y1, x2 - x1, y2 - y1))
+
+  truth = example.ground_truth
+  for number, box in enumerate(dict.fromkeys(map(tuple, truth.boxes.tolist()))):
+    of_person = np.flatnonzero((truth.boxes == box).all(1))
+    labels = [(label_map[int(truth.action[i])], float(example.found_score[i])) for i in of_person]
+    letters = string.ascii_uppercase
+    mark = letters[number % 26] * (number // 26 + 1)
+    people.append(_Person(mark, labels))
+    add(mark, "person", np.array(box))
+  found = example.detections
+  wrong: dict[tuple[float, ...], str] = {}
+  for i in np.argsort(-found.extra, kind="stable"):
+    kind = KINDS[example.kind[i]]
+    if kind == "correct":
+      add("", kind, found.boxes[i])
+      continue
+    box = tuple(found.boxes[i].tolist())
+    if box not in wrong:
+      wrong[box] = str(len(wrong) + 1)
+      add(wrong[box], kind, found.boxes[i])
+    mistakes.append((wrong[box], label_map[int(found.action[i])], float(found.extra[i]), kind))
+  source = None if frame is None else _jpeg(frame, (width, height))
+  title = f"{example.video} at {example.timestamp:g} s"
+  return _Picture(title, example.score, source, width, height, boxes, people, mistakes)
+
+
+def _jpeg(image: np.ndarray, size: tuple[int, int]) -> str:
+  small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if size[0] < image.shape[1] else cv2.INTER_CUBIC)
+  _, data = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 84])
+  return _data_uri("image/jpeg", data.tobytes())
+
+
+def _curve(precision: np.ndarray, width: float, height: float) -> str:
+  """Points of an SVG path, up to the largest recall."""
+  last = int(np.flatnonzero(precision).max(initial=0))
+  return "L".join(f"{width * i / 100:.4g} {height * (1 - precision[i]):.4g}" for i in range(last + 1))
+
+
+def _duration(value: float) -> str:
   minutes, seconds = divmod(round(value), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def _percent(value: float) -> str:
-  return f"{100 * value:.1f} %"
+  return "–" if math.isnan(value) else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+
+
+def _points(value: float) -> str:
+  return "–" if math.isnan(value) else f"{100 * value:+.1f}".replace("-", "−")
 
 
 def _number(value: Any) -> str:
   if isinstance(value, int | np.integer):
     return f"{int(value):,}"
   return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
-
-
-def _figure(caption: str, image: np.ndarray) -> _Figure:
-  _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
-  height, width = image.shape[:2]
-  return _Figure(caption, _data_uri("image/jpeg", data.tobytes()), width, height)
 
 
 def _video_source(video: Path, page: Path) -> str:
