@@ -12,11 +12,26 @@ import csv
 import heapq
 import sys
 from collections.abc import Iterable, Iterator, Set
+from typing import NamedTuple
 
 import numpy as np
 
 Row = tuple[str, float, tuple[float, ...], int, float]  # video, timestamp, x1 y1 x2 y2, action id (0: none), score
 Key = tuple[str, str]  # video and timestamp
+
+
+class Images(NamedTuple):
+  """Rows of scored classes by keyframe, and all keyframes that were named."""
+
+  boxes: dict[Key, list[list[float]]]
+  labels: dict[Key, list[int]]
+  scores: dict[Key, list[float]]
+  named: set[Key]
+
+  def arrays(self, key: Key) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes, labels and scores of one keyframe."""
+    boxes = np.array(self.boxes.get(key, []), float).reshape(-1, 4)
+    return boxes, np.array(self.labels.get(key, []), int), np.array(self.scores.get(key, []), float)
 
 
 def frame_ap(
@@ -33,21 +48,20 @@ def frame_ap(
   official, mmaction2 = protocol == "activitynet", protocol == "mmaction2"
   dtype = np.float32 if mmaction2 else np.float64
   left_out = {_key(*keyframe) for keyframe in excluded}
-  truth, annotated = _images(ground_truth, classes, protocol, None)
-  found, _ = _images(detections, classes, protocol, max_rows if official else None)
-  keys = [key for key in (truth if mmaction2 else found) if key not in left_out]
+  truth = _images(ground_truth, classes, protocol, None)
+  found = _images(detections, classes, protocol, max_rows if official else None)
+  keys = [key for key in (truth if mmaction2 else found).boxes if key not in left_out]
   if official:
-    keys = [key for key in keys if key in annotated]
+    keys = [key for key in keys if key in truth.named]
 
   num_truth = collections.Counter(
-    label for key, (_, labels, _) in truth.items() if mmaction2 or key not in left_out for label in labels.tolist()
+    label for key, labels in truth.labels.items() if mmaction2 or key not in left_out for label in labels
   )
   scores: dict[int, list[np.ndarray]] = {index: [] for index in classes}
   correct: dict[int, list[np.ndarray]] = {index: [] for index in classes}
-  nothing = np.zeros((0, 4)), np.zeros(0, int), np.zeros(0)
   for key in keys:
-    truth_boxes, truth_labels, _ = truth.get(key, nothing)
-    boxes, labels, score = found.get(key, nothing)
+    truth_boxes, truth_labels, _ = truth.arrays(key)
+    boxes, labels, score = found.arrays(key)
     if not mmaction2:
       full = (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])
       boxes, labels, score = boxes[full], labels[full], score[full]
@@ -71,10 +85,8 @@ def _key(video: str, timestamp: float) -> Key:
   return video, f"{timestamp:.6f}"
 
 
-def _images(
-  rows: Iterable[Row], classes: Set[int], protocol: str, capacity: int | None
-) -> tuple[dict[Key, tuple[np.ndarray, np.ndarray, np.ndarray]], set[Key]]:
-  """Boxes, labels and scores of each keyframe in the protocol's order, and all keyframes that were named."""
+def _images(rows: Iterable[Row], classes: Set[int], protocol: str, capacity: int | None) -> Images:
+  """Collects rows by keyframe and brings them into the protocol's order."""
   entries: dict[Key, list[tuple[float, ...]]] = collections.defaultdict(list)
   named = set()
   for video, timestamp, (x1, y1, x2, y2), action, score in rows:
@@ -89,13 +101,14 @@ def _images(
       heapq.heappush(entries[key], entry)
     elif score > entries[key][0][0]:
       heapq.heapreplace(entries[key], entry)
-  images = {}
+  boxes, labels, scores = {}, {}, {}
   for key, kept in entries.items():
     if protocol != "slowfast":
       kept = sorted(kept, key=lambda entry: -entry[0])
-    boxes = np.array([[x1, y1, x2, y2] for _, _, y1, x1, y2, x2 in kept])
-    images[key] = boxes, np.array([entry[1] for entry in kept], int), np.array([entry[0] for entry in kept])
-  return images, named
+    boxes[key] = [[x1, y1, x2, y2] for _, _, y1, x1, y2, x2 in kept]
+    labels[key] = [entry[1] for entry in kept]
+    scores[key] = [entry[0] for entry in kept]
+  return Images(boxes, labels, scores, named)
 
 
 def _match(truth: np.ndarray, boxes: np.ndarray, iou: float) -> np.ndarray:

@@ -91,14 +91,8 @@ def iterate_ava_csv(path: PathLike) -> Iterator[Rows]:
   try:
     with open(path, encoding="utf-8-sig") as file:
       for lines in _chunks(file):
-        table = _parse_full_rows(lines)
-        if table is None:  # rows of several kinds, or something is wrong
-          rows = [_parse_row(line, f"{path}:{place}") for place, line in enumerate(lines, number) if line.strip()]
-          table = np.array(rows, np.float64).reshape(-1, 7)
-        fields = (line.partition(",")[0] for line in lines if line.strip())
-        video = np.array([names.setdefault(name, name) for name in fields], object)
-        action = table[:, 5].astype(np.int32)
-        yield Rows(video, table[:, 0].copy(), table[:, 1:5].copy(), action, table[:, 6].copy())
+        # Rows of several kinds, or with something wrong, are read one by one.
+        yield _parse_full_rows(lines, names) or _parse_rows(lines, names, path, number)
         number += len(lines)
   except UnicodeDecodeError:
     raise AnnotationError(f"{path}: not a text file; expected a CSV in UTF-8") from None
@@ -270,19 +264,41 @@ def _join(parts: list[np.ndarray]) -> np.ndarray:
   return joined
 
 
-def _parse_full_rows(lines: list[str]) -> np.ndarray | None:
-  """Parses rows of eight columns at once, without the first; None where any row is not like that."""
-  # The parser asks for at least eight columns; as many commas as that takes leave no row with more.
-  if sum(line.count(",") for line in lines) != 7 * len(lines) or any(line.startswith(",") for line in lines):
+def _parse_full_rows(lines: list[str], names: dict[str, str]) -> Rows | None:
+  """Parses rows of eight columns at once; None where any row is not like that."""
+  text = "".join(lines)
+  # Below, rows with too few columns are noticed; as many commas as that takes leave no row with more.
+  if text.count(",") != 7 * len(lines) or text.startswith(",") or "\n," in text:
     return None
+  # The rows of a box differ in their last two columns only: the others are parsed once.
+  places, tails = [], []
+  for line in lines:
+    cut = line.rfind(",", 0, line.rfind(","))
+    places.append(line[:cut])
+    tails.append(line[cut + 1 :])
+  number = {place: index for index, place in enumerate(dict.fromkeys(places))}
   try:
-    table = np.loadtxt(lines, delimiter=",", usecols=range(1, 8), comments=None, ndmin=2)
+    table = np.loadtxt(list(number), delimiter=",", usecols=range(1, 6), comments=None, ndmin=2)
+    action, extra = np.loadtxt(tails, delimiter=",", comments=None, ndmin=2, unpack=True)
   except ValueError:
     return None
-  action = table[:, 5]
   # Comparisons with NaN are false.
-  valid = np.isfinite(table[:, :6]).all() and ((action >= 1) & (action == np.floor(action))).all()
-  return table if valid and (action < 2**31).all() and not np.isnan(table[:, 6]).any() else None
+  whole = ((action >= 1) & (action < 2**31) & (action == np.floor(action))).all()
+  if not whole or np.isnan(extra).any() or not np.isfinite(table).all():
+    return None
+  fields = [place.partition(",")[0] for place in number]
+  video = np.array(list(map(names.setdefault, fields, fields)), object)
+  index = np.fromiter(map(number.__getitem__, places), np.intp, len(lines))
+  return Rows(video[index], table[index, 0], table[index, 1:], action.astype(np.int32), extra.copy())
+
+
+def _parse_rows(lines: list[str], names: dict[str, str], path: PathLike, first: int) -> Rows:
+  """Parses rows of any kind; the first has this line number."""
+  rows = [(line, _parse_row(line, f"{path}:{n}")) for n, line in enumerate(lines, first) if not line.isspace()]
+  fields = [line.partition(",")[0] for line, _ in rows]
+  table = np.array([values for _, values in rows], np.float64).reshape(-1, 7)
+  video = np.array(list(map(names.setdefault, fields, fields)), object)
+  return Rows(video, table[:, 0].copy(), table[:, 1:5].copy(), table[:, 5].astype(np.int32), table[:, 6].copy())
 
 
 def _parse_row(line: str, place: str) -> list[float]:

@@ -17,7 +17,17 @@ from typing import NamedTuple
 import numpy as np
 
 from vad_jax.annotations import Rows
-from vad_jax.metrics.protocols import DIFFERENCES, MAX_ROWS, PROTOCOLS, Protocol, count, has_area, in_order, inspect
+from vad_jax.metrics.protocols import (
+  DIFFERENCES,
+  MAX_ROWS,
+  PROTOCOLS,
+  Protocol,
+  best_first,
+  count,
+  has_area,
+  in_order,
+  inspect,
+)
 
 _CHUNK = 1 << 17  # pairs of boxes compared at once, and rows scored at once, so that memory stays flat
 
@@ -133,10 +143,12 @@ def frame_maps(
   _check_ious(*ious)
   _check_boxes("annotation", ground_truth)
   truth = _Truth(ground_truth, label_map, rules, excluded)
-  found: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {index: [] for index in truth.num_boxes}
+  # Bytes of scores and of what is right by class: buffers that grow without being copied.
+  found = {index: (bytearray(), bytearray()) for index in truth.num_boxes}
   for rows, keyframe, rank in _blocks(detections, truth, rules):
-    truth.tally.update(inspect(rows, rank))
-    order = in_order(rows, rank, rules.order, MAX_ROWS)
+    ranking = best_first(rows, rank)
+    truth.tally.update(inspect(rows, rank, ranking))
+    order = in_order(rows, rank, ranking, rules.order, MAX_ROWS)
     if rules.drops_empty:
       order = order[has_area(rows.boxes[order])]
     else:
@@ -148,7 +160,8 @@ def frame_maps(
     by_class = np.argsort(action, kind="stable")
     for part in np.split(by_class, np.flatnonzero(np.diff(action[by_class])) + 1):
       if len(part):
-        found[int(action[part[0]])].append((score[part], correct[part]))
+        for buffer, values in zip(found[int(action[part[0]])], (score, correct), strict=True):
+          buffer += values[part].tobytes()
   return _results(found, truth, rules, ious, protocol)
 
 
@@ -336,9 +349,11 @@ class _Truth:
       left_out[:] = False
     rows, keyframe = rows.select(np.flatnonzero(labelled)[~left_out]), keyframe[~left_out]
     self.num_boxes = {index: count(rows.action == index) for index in sorted(label_map)}
-    self.num_people = len(np.unique(np.column_stack([keyframe, rows.boxes]), axis=0))
+    same_box = np.lexsort((*rows.boxes.T, keyframe))
+    changes = (np.diff(keyframe[same_box]) != 0) | (np.diff(rows.boxes[same_box], axis=0) != 0).any(axis=1)
+    self.num_people = min(len(keyframe), 1) + count(changes)
     self.num_groups = max(label_map) + 1
-    order = in_order(rows, keyframe, rules.order, len(keyframe))
+    order = in_order(rows, keyframe, best_first(rows, keyframe), rules.order, len(keyframe))
     group = keyframe[order] * self.num_groups + rows.action[order]
     by_group = np.argsort(group, kind="stable")
     self.group, self.boxes = group[by_group], rows.boxes[order[by_group]].astype(rules.dtype)
@@ -383,7 +398,7 @@ def _blocks(
 
 
 def _results(
-  found: dict[int, list[tuple[np.ndarray, np.ndarray]]],
+  found: dict[int, tuple[bytearray, bytearray]],
   truth: _Truth,
   rules: Protocol,
   ious: Sequence[float],
@@ -392,8 +407,8 @@ def _results(
   """Joins what was found class by class, at each IoU."""
   curves_by_iou: list[dict[int, Curve]] = [{} for _ in ious]
   for index, total in truth.num_boxes.items():
-    parts = found.pop(index) or [(np.zeros(0, rules.dtype), np.zeros((0, len(ious)), bool))]
-    score, correct = (np.concatenate(column) for column in zip(*parts, strict=True))
+    scores, hits = found.pop(index)
+    score, correct = np.frombuffer(scores, rules.dtype), np.frombuffer(hits, bool).reshape(-1, len(ious))
     order = _ranking(score)
     score, correct = score[order], correct[order]
     truth.tally["equal_scores"] += count(np.diff(score) == 0)

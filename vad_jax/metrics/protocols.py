@@ -60,10 +60,10 @@ DIFFERENCES = {
   "excluded": "detections on excluded keyframes (dropped; the official evaluator takes no list of these)",
   "excluded_annotations": "annotations of excluded keyframes (missed for mmaction2, dropped by the others)",
   "empty": "detections without area (wrong for mmaction2, dropped by the others)",
-  "unsorted": "detections standing before a better one of their keyframe and class (in slowfast they claim boxes first)",
-  "equal_in_keyframe": "detections with the score of another of their keyframe and class (each protocol has its order)",
+  "unsorted": "detections standing before a better one of their keyframe and class (they claim first in slowfast)",
+  "equal_in_keyframe": "detections with the score of another of their keyframe and class (each protocol orders them)",
   "duplicates": "detections that stand twice, with the same box, class and score (all but one are wrong)",
-  "equal_scores": "detections with the score of another of their class (how a sort leaves them decides the last digits)",
+  "equal_scores": "detections with the score of another of their class (how a sort leaves them moves the last digits)",
   "keyframe_rows": "keyframes annotated as holding nobody (slowfast and mmaction2 refuse such rows)",
   "fractions": "annotations not at whole seconds (slowfast and mmaction2 refuse them)",
   "undetected": "annotated classes without detection (AP 0, but left out of the mean by mmaction2)",
@@ -72,32 +72,39 @@ DIFFERENCES = {
 }
 
 
-def inspect(rows: Rows, rank: np.ndarray) -> collections.Counter[str]:
-  """Counts what makes evaluators differ inside keyframes.
+def best_first(rows: Rows, keyframe: np.ndarray) -> np.ndarray:
+  """Indices of the rows by keyframe, falling ``extra`` and class; otherwise as they stand."""
+  return np.lexsort((rows.action, -rows.extra, keyframe))
+
+
+def in_order(rows: Rows, keyframe: np.ndarray, ranking: np.ndarray, order: str, capacity: int) -> np.ndarray:
+  """Indices of the rows by keyframe, and in each as the protocol has them; see `Protocol`.
 
   Args:
-    rows: of some whole keyframes, sorted by keyframe and otherwise as in the file.
-    rank: ``[R]`` rising number of the keyframe.
+    rows: of any number of keyframes.
+    keyframe: ``[R]`` number of each row's keyframe.
+    ranking: what `best_first` returned.
+    order: of the protocol.
+    capacity: most rows of a keyframe, for the order "heap".
   """
-  group = rank * (int(rows.action.max()) + 1) + rows.action
-  order = np.lexsort((-rows.extra, group))
-  together = np.diff(group[order]) == 0
-  equal = together & (np.diff(rows.extra[order]) == 0)
-  boxes = rows.boxes[order]
+  if order == "heap":
+    return _heap_order(rows, keyframe, ranking, capacity)
+  return ranking if order == "score" else np.argsort(keyframe, kind="stable")
+
+
+def inspect(rows: Rows, keyframe: np.ndarray, ranking: np.ndarray) -> collections.Counter[str]:
+  """Counts what makes evaluators differ inside keyframes; arguments as of `in_order`."""
+  action, score, boxes = rows.action[ranking], rows.extra[ranking], rows.boxes[ranking]
+  equal = (np.diff(keyframe[ranking]) == 0) & (np.diff(score) == 0) & (np.diff(action) == 0)
+  by_class = np.lexsort((rows.action, keyframe))
+  together = (np.diff(keyframe[by_class]) == 0) & (np.diff(rows.action[by_class]) == 0)
   return collections.Counter(
-    beyond_limit=int((np.bincount(rank - rank[0]) - MAX_ROWS).clip(0).sum()),
-    unsorted=count(together & ~equal & (np.diff(order) < 0)),
+    beyond_limit=int((np.bincount(keyframe - keyframe.min()) - MAX_ROWS).clip(0).sum()),
+    unsorted=count(together & (np.diff(rows.extra[by_class]) > 0)),
     equal_in_keyframe=count(equal),
     duplicates=count(equal & (boxes[1:] == boxes[:-1]).all(axis=1)),
     empty=count(~has_area(rows.boxes)),
   )
-
-
-def in_order(rows: Rows, keyframe: np.ndarray, order: str, capacity: int) -> np.ndarray:
-  """Indices of the rows sorted by keyframe, and in each as the protocol has them; see `Protocol`."""
-  if order == "heap":
-    return _heap_order(rows, keyframe, capacity)
-  return np.lexsort((-rows.extra, keyframe)) if order == "score" else np.argsort(keyframe, kind="stable")
 
 
 def count(mask: np.ndarray) -> int:
@@ -108,7 +115,7 @@ def has_area(boxes: np.ndarray) -> np.ndarray:
   return (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])
 
 
-def _heap_order(rows: Rows, keyframe: np.ndarray, capacity: int) -> np.ndarray:
+def _heap_order(rows: Rows, keyframe: np.ndarray, order: np.ndarray, capacity: int) -> np.ndarray:
   """Orders rows by keyframe and falling ``extra``, at most `capacity` in each, as the official evaluator.
 
   It collects the rows of a keyframe in a heap, and among equal scores the heap's layout decides which are
@@ -117,7 +124,6 @@ def _heap_order(rows: Rows, keyframe: np.ndarray, capacity: int) -> np.ndarray:
   Returns:
     Indices of rows.
   """
-  order = np.lexsort((rows.action, -rows.extra, keyframe))
   keyframe, score, action = keyframe[order], rows.extra[order], rows.action[order]
   start = np.flatnonzero(np.diff(keyframe, prepend=-1))
   count = np.diff(start, append=len(order))
