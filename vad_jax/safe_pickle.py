@@ -81,7 +81,7 @@ def load(
     raise PickleFileError(f"{name}: the pickle ends early: empty, truncated or damaged; get the file again") from None
   except Exception as error:  # the instructions of a damaged file fail in any way that Python objects can fail
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    raise PickleFileError(f"{name}: not a pickle, or a truncated or damaged one ({reason})") from None
+    raise PickleFileError(f"{name}: not a pickle of plain data, or a truncated or damaged one ({reason})") from None
 
 
 class _Unpickler(pickle._Unpickler):

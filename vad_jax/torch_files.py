@@ -206,10 +206,9 @@ def _storage_places(file: IO[bytes], dtypes: dict[str, str]) -> dict[str, tuple[
 
 
 def _itemsize(file: str, tensor: str, dtype: str) -> int:
-  try:
-    return np.dtype(dtype).itemsize
-  except TypeError:
-    raise TorchFileError(f"{file}: {tensor!r} is {dtype}, which is not supported; save it as plain float32") from None
+  if dtype not in _DTYPES:
+    raise TorchFileError(f"{file}: {tensor!r} is {dtype[:40]}, which is not supported; save it as plain float32")
+  return np.dtype(dtype).itemsize
 
 
 # --- What the pickles name
@@ -256,7 +255,6 @@ _STORAGE_TYPES = {
   **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16"},
   **{"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"},
   **{"ComplexFloat": "complex64", "ComplexDouble": "complex128"},
-  **{"QInt8": "quantised", "QUInt8": "quantised", "QInt32": "quantised"},
 }
 _DTYPES = (
   *_STORAGE_TYPES.values(),
@@ -294,6 +292,7 @@ _COMPANIONS = (
 GLOBALS: dict[str, Any] = {
   **dict.fromkeys(_COMPANIONS, StandIn),
   **{f"torch.{name}Storage": dtype for name, dtype in _STORAGE_TYPES.items()},
+  **dict.fromkeys(("torch.QInt8Storage", "torch.QUInt8Storage", "torch.QInt32Storage"), "quantised"),
   **{f"torch.{dtype}": dtype for dtype in _DTYPES},
   "torch.Size": tuple,
   "torch.Tensor": _parameter,

@@ -110,10 +110,11 @@ def read(path: str | os.PathLike[str]) -> WeightFile:
   path = Path(path)
   try:
     content, files = _read_path(path)
-    prefixed = all(name.startswith("module.") for name in content.tensors)
-    tensors = {name.removeprefix("module."): array for name, array in content.tensors.items()} if prefixed else None
+    kind, key, tensors, other = content
+    if all(name.startswith("module.") for name in tensors):  # wrapped for training on several devices
+      tensors = {name.removeprefix("module."): array for name, array in tensors.items()}
     size = sum(file.stat().st_size for file in files)
-    return WeightFile(path, content.kind, content.key, tensors or content.tensors, content.other, _sha256(files), size)
+    return WeightFile(path, kind, key, tensors, other, _sha256(files), size)
   except safe_pickle.UnsafePickleError:
     raise
   except (safe_pickle.PickleFileError, torch_files.TorchFileError) as error:
@@ -140,14 +141,13 @@ def _read_path(path: Path) -> tuple[_Content, list[Path]]:
 
 
 def _sha256(files: list[Path]) -> str:
-  digests = []
+  digests = {}
   for file in sorted(files):
     with open(file, "rb") as opened:
-      digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
-  if len(files) == 1:
-    return digests[0]
-  lines = (f"{digest}  {file.name}\n" for digest, file in zip(digests, sorted(files), strict=True))
-  return hashlib.sha256("".join(lines).encode()).hexdigest()
+      digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+  if len(digests) == 1:
+    return digests.popitem()[1]
+  return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()).hexdigest()
 
 
 def _read_file(path: Path) -> _Content:
@@ -225,14 +225,14 @@ def _read_matlab(path: Path) -> _Content:
 
 
 def _matlab_arrays(data: memoryview, order: str) -> Iterator[tuple[str, np.ndarray]]:
-  """Names and values of the numeric variables; real parts only. (SciPy's reader can crash on a damaged file.)"""
+  """Names and values of the numeric variables. (SciPy's reader crashes the interpreter on some damaged files.)"""
   for kind, content in _matlab_elements(data, order):
     if kind == _MATLAB_COMPRESSED:
       yield from _matlab_arrays(memoryview(zlib.decompress(content)), order)
     elif kind == _MATLAB_MATRIX:
       (_, flags), (_, shape), (_, name), *parts = _matlab_elements(content, order)
       dtype = _MATLAB_CLASSES.get(int(np.frombuffer(flags, f"{order}u4")[0]) & 0xFF)
-      if dtype:  # others are strings, structures, cells...
+      if dtype and len(parts) == 1:  # others are strings, structures, complex...
         kind, numbers = parts[0]  # may be of a smaller type than the variable
         array = np.frombuffer(numbers, order + _MATLAB_TYPES[kind]).astype(dtype, copy=False)
         yield bytes(name).decode("latin1"), array.reshape(np.frombuffer(shape, f"{order}i4"), order="F")
@@ -254,7 +254,9 @@ def _matlab_elements(data: memoryview, order: str) -> Iterator[tuple[int, memory
 def _tensorflow_prefix(path: Path) -> Path | None:
   """Common start of the names of a TensorFlow checkpoint's files, if the path stands for one."""
   if (path / "checkpoint").is_file():  # says which of several is the newest
-    match = re.search(r'^model_checkpoint_path:\s*"([^"]+)"', (path / "checkpoint").read_text(), re.MULTILINE)
+    match = re.search(
+      r'^model_checkpoint_path:\s*"([^"]+)"', (path / "checkpoint").read_text(errors="replace"), re.MULTILINE
+    )
     if not match:
       raise WeightFileError(f"{path / 'checkpoint'}: names no checkpoint; give the path of its .index file")
     return path / re.split(r"[\\/]", match[1])[-1]
@@ -298,7 +300,7 @@ def _read_zip(path: Path, file: IO[bytes]) -> _Content:
 
 
 def _select(
-  path: Path, kind: str, tree: Any, read: Callable[[dict[str, Tensor]], dict[str, np.ndarray]] | None = None
+  path: Path, kind: str, tree: Any, read_tensors: Callable[[dict[str, Tensor]], dict[str, np.ndarray]] | None = None
 ) -> _Content:
   """Finds the weights among all that was read and reads their numbers."""
   if _is_tensor(tree):
@@ -307,31 +309,34 @@ def _select(
     )
   if not isinstance(tree, dict):
     raise WeightFileError(f"{path}: {kind}, but of one {type(tree).__name__}; expected weights by name (a state_dict)")
-  places = list(_places(tree)) or [()] * any(map(_is_tensor, tree.values()))
-  if not places:
+  places = _places(tree)
+  if not places and not any(map(_is_tensor, tree.values())):
     names = ", ".join(str(name)[:40] for name in list(tree)[:8]) or "nothing"
     raise WeightFileError(f"{path}: {kind}, but without weights (it holds {names})")
+  place, *others = places or [()]
   level, other = tree, {}
-  for name in (*places[0], None):
+  for name in (*place, None):
     other |= {key: value for key, value in level.items() if key != name and not _holds_tensors(value)}
     level = level[name] if name else level
-  if places[1:]:
-    other["also"] = [".".join(place) for place in places[1:]]
+  if others:
+    other["also"] = [".".join(further) for further in others]
   weights = {name: value for name, value in level.items() if isinstance(name, str) and _is_tensor(value)}
-  if read:
-    weights |= read({name: value for name, value in weights.items() if isinstance(value, Tensor)})
-  return _Content(kind, ".".join(places[0]), weights, other)
+  if read_tensors:
+    weights |= read_tensors({name: value for name, value in weights.items() if isinstance(value, Tensor)})
+  return _Content(kind, ".".join(place), weights, other)
 
 
-def _places(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _places(tree: dict, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
   """Keys that lead to weights, best first."""
 
   def inside(names: tuple[str, ...]) -> list[tuple[str, ...]]:
     nested = [name for name in names if isinstance(tree.get(name), dict)] if len(path) < 2 else []
     return [place for name in nested for place in _places(tree[name], (*path, name))]
 
-  yield from inside(_WEIGHT_KEYS) or [path] * any(map(_is_weight, tree.values()))
-  yield from inside(_AVERAGE_KEYS)
+  nested = inside(_WEIGHT_KEYS)
+  if not nested and any(map(_is_weight, tree.values())):
+    nested = [path]
+  return nested + inside(_AVERAGE_KEYS)
 
 
 def _is_tensor(value: Any) -> bool:
