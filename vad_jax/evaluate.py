@@ -1,50 +1,26 @@
-"""Scores detections: of a model over a data set, or of a file that any tool wrote.
+"""Runs a model over a data set and scores what it found.
+
+Knows no model: it is handed a function from batches to detections. As a command line,
 
     python -m vad_jax.evaluate --detections results.csv --ground-truth ava_val_v2.2.csv
 
-prints mAP, the AP of every class, and what about these files lets evaluators disagree. It reads the result CSVs and
-ground truth of AVA, and what `vad_jax.predict` writes; it needs no JAX. `evaluate` knows no model: it is handed a
-function from batches to detections.
+it scores files that any tool wrote, and starts without JAX; see `vad_jax.metrics.score`.
 """
 
-import argparse
-import hashlib
-import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-import vad_jax
 from vad_jax import progress
-from vad_jax.annotations import (
-  LABEL_MAPS,
-  AnnotationError,
-  Keyframe,
-  Rows,
-  iterate_ava_csv,
-  read_ava_csv,
-  read_detections_json,
-  read_excluded,
-  read_label_map,
-)
+from vad_jax.annotations import Keyframe, Rows
 from vad_jax.batch import Batch, Detections
-from vad_jax.metrics.frame_map import (
-  FrameMap,
-  SplitKeyframeError,
-  frame_map,
-  frame_maps,
-  person_ap,
-)
-from vad_jax.metrics.protocols import PROTOCOLS
+from vad_jax.metrics import score as score_files
+from vad_jax.metrics.frame_map import FrameMap, frame_map, person_ap
 
 if TYPE_CHECKING:
-  from jax.sharding import Mesh  # starts JAX up, which scoring files can do without
+  from jax.sharding import Mesh
 
 
 class Annotated(Protocol):
@@ -108,7 +84,7 @@ def evaluate(
   Raises:
     ValueError: the batches did not cover the set exactly once.
   """
-  from jax.experimental import multihost_utils
+  from jax.experimental import multihost_utils  # not at the top: scoring files needs no JAX
 
   from vad_jax.sharding import to_global
 
@@ -192,149 +168,8 @@ def _concatenate(parts: Sequence[Rows]) -> Rows:
   return Rows(*columns)
 
 
-# --- command line -------------------------------------------------------------------------------------------
-
-
-def main(arguments: list[str] | None = None) -> int:
-  """Runs the command line; returns the exit code."""
-  options = _parse(arguments)
-  try:
-    content = _score_keyframes(options)
-    if options.json:
-      options.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-  except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  _print(content)
-  return 0
-
-
-def _score_keyframes(options: argparse.Namespace) -> dict[str, Any]:
-  """Scores files by a protocol of AVA."""
-  label_map = read_label_map(options.label_map)
-  excluded = read_excluded(options.excluded) if options.excluded else set()
-  truth = read_ava_csv(options.ground_truth)
-  if not len(truth.video):
-    raise AnnotationError(f"{options.ground_truth}: empty file; expected annotations")
-  kwargs: Any = {"ious": options.iou, "protocol": options.protocol, "excluded": excluded}
-  persons = None
-  if _holds_json(options.detections):
-    rows, persons = read_detections_json(options.detections)
-    results = frame_maps(truth, rows, label_map, **kwargs)
-  else:
-    try:
-      results = frame_maps(truth, _counted(options.detections), label_map, **kwargs)
-    except SplitKeyframeError:  # takes more memory
-      results = frame_maps(truth, read_ava_csv(options.detections), label_map, **kwargs)
-  by_iou = {f"{result.iou:g}": result.mean_ap for result in results}
-  ap = {index: float(np.mean([result.ap[index] for result in results])) for index in sorted(label_map)}
-  first = results[0]
-  return {
-    "mAP": _or_null(float(np.mean(list(by_iou.values())))),
-    "AP": {str(index): _or_null(value) for index, value in ap.items()},
-    "mAP_by_iou": {iou: _or_null(value) for iou, value in by_iou.items()},
-    **({"person_AP": person_ap(truth, persons, iou=first.iou)} if persons else {}),
-    "protocol": options.protocol,
-    "iou": options.iou[0] if len(options.iou) == 1 else options.iou,
-    "classes": {str(index): name for index, name in sorted(label_map.items())},
-    "num_keyframes": first.num_keyframes,
-    "num_boxes": first.num_boxes,
-    "num_ground_truth": {str(index): count for index, count in first.num_ground_truth.items()},
-    "num_detections": {str(index): count for index, count in first.num_detections.items()},
-    "warnings": first.differences(),
-    "files": {
-      name: {"path": str(path), "sha256": _fingerprint(path)}
-      for name in ("detections", "ground_truth", "label_map", "excluded")
-      if (path := getattr(options, name))
-    },
-    "vad_jax": vad_jax.__version__,
-  }
-
-
-def _holds_json(path: Path) -> bool:
-  with path.open("rb") as file:
-    return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
-
-
-def _counted(path: Path) -> Iterator[Rows]:
-  count = 0
-  with progress.bar(f"{path.name}: rows", None) as advance:
-    for rows in iterate_ava_csv(path):
-      yield rows
-      count += len(rows.action)
-      advance(len(rows.action))
-  if not count:
-    raise AnnotationError(f"{path}: empty file; expected detections")
-
-
-def _or_null(value: float) -> float | None:
-  return value if math.isfinite(value) else None
-
-
-def _fingerprint(path: str | Path) -> str:
-  with open(LABEL_MAPS.get(str(path), path), "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _print(content: dict[str, Any]) -> None:
-  percent = lambda value: "-" if value is None else f"{100 * value:.2f}"  # noqa: E731
-  console = Console()
-  table = Table("id", "class", "AP %", "boxes", "detections", title=f"AP by class ({content['protocol']})")
-  for column in table.columns[2:]:
-    column.justify = "right"
-  for index, name in content["classes"].items():
-    counts = (str(content[key][index]) for key in ("num_ground_truth", "num_detections"))
-    table.add_row(index, name, percent(content["AP"][index]), *counts)
-  console.print(table)
-  summary = Table(show_header=False, title="summary")
-  summary.add_row("protocol", content["protocol"])
-  summary.add_row("label map", f"{content['files']['label_map']['path']}, {len(content['classes'])} classes")
-  summary.add_row("keyframes", f"{content['num_keyframes']:,}")
-  summary.add_row("annotated boxes", f"{content['num_boxes']:,}")
-  for iou, value in content["mAP_by_iou"].items():
-    summary.add_row(f"mAP@{iou} %", percent(value))
-  if len(content["mAP_by_iou"]) > 1:
-    summary.add_row("mean of these %", percent(content["mAP"]))
-  if "person_AP" in content:
-    summary.add_row("person AP %", percent(content["person_AP"]))
-  console.print(summary)
-  for warning in content["warnings"]:
-    print(f"warning: {warning}", file=sys.stderr)
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog="python -m vad_jax.evaluate", description="Scores detections in a file.")
-  parser.add_argument("--detections", required=True, type=Path, help="AVA result CSV, or JSON of vad_jax.predict")
-  parser.add_argument("--ground-truth", required=True, type=Path, help="AVA annotation CSV")
-  parser.add_argument("--protocol", choices=list(PROTOCOLS), default="activitynet", help="default: %(default)s")
-  parser.add_argument(
-    "--label-map", default="ava_60", help="pbtxt file, ava_60 or ava_80: the classes to score; default: %(default)s"
-  )
-  parser.add_argument("--excluded", type=Path, help="CSV of video_id,timestamp: keyframes to leave out")
-  parser.add_argument(
-    "--iou", type=_ious, default=[0.5], help="0.5, or a list 0.2,0.5, or start:step:stop 0.5:0.05:0.95; default: 0.5"
-  )
-  parser.add_argument("--json", type=Path, help="file to write the numbers to")
-  return parser.parse_args(arguments)
-
-
-def _ious(text: str) -> list[float]:
-  try:
-    values = [float(value) for value in text.replace(":", ",").split(",")]
-    if ":" in text:
-      start, step, stop = values
-      values = np.linspace(start, stop, round((stop - start) / step) + 1).tolist()
-    if not values or not all(0 < value <= 1 for value in values):
-      raise ValueError
-  except (ValueError, ZeroDivisionError, OverflowError):
-    raise argparse.ArgumentTypeError(
-      f"{text!r}: expected fractions in (0, 1], as 0.5 or 0.2,0.5 or 0.5:0.05:0.95"
-    ) from None
-  return values
-
-
 if __name__ == "__main__":
   try:
-    sys.exit(main())
+    sys.exit(score_files.main())
   except KeyboardInterrupt:
     sys.exit("stopped; nothing was written")

@@ -341,7 +341,10 @@ class _Truth:
 
     left_out = np.isin(keyframe, self.excluded)
     self.tally = collections.Counter(
-      excluded_annotations=count(left_out), keyframe_rows=count(rows.action == 0), fractions=count(time % 1_000_000)
+      other_annotations=count(~labelled & (rows.action > 0)),
+      excluded_annotations=count(left_out),
+      keyframe_rows=count(rows.action == 0),
+      fractions=count(time % 1_000_000),
     )
     self.videos = set(rows.video.tolist())
     self.unknown_videos: set[str] = set()

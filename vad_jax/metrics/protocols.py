@@ -67,6 +67,7 @@ DIFFERENCES = {
   "keyframe_rows": "keyframes annotated as holding nobody (slowfast and mmaction2 refuse such rows)",
   "fractions": "annotations not at whole seconds (slowfast and mmaction2 refuse them)",
   "undetected": "annotated classes without detection (AP 0, but left out of the mean by mmaction2)",
+  "other_annotations": "annotations of classes outside the label map (dropped)",
   "other_classes": "detections of classes outside the label map (dropped)",
   "unknown_videos": "videos of the detections that no annotation names",
 }
