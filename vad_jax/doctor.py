@@ -116,7 +116,7 @@ def diagnose(
   commands = tuple(
     _command(file, *(repair.filters[side] for repair in plan if repair and repair.filters[side]))
     for side, file in enumerate((found, truth))
-    if any(repair.filters[side] for repair in plan if repair)
+    if all(any(repair.filters) for repair in plan if repair) and any(r.filters[side] for r in plan if r)
   )
   return Diagnosis(findings, mean_ap, person, case.mean_ap, commands, len(bench.sample), len(bench.annotated))
 
@@ -232,20 +232,23 @@ def _check_keyframes(case: _Case) -> Iterator[Finding]:
   covered = np.isin(keyframe_key(people), keyframe_key(keys))
   if not len(covered) or np.mean(~covered) < 0.5:
     return
-  ours, theirs = (
-    f"{rows.timestamp.min():g} to {rows.timestamp.max():g}" for rows in (bench.truth.rows, bench.keyframes)
-  )
+  ours, theirs = map(_describe_times, (bench.truth.rows, bench.keyframes))
   absent = percent(float(np.mean(~np.isin(keyframe_key(keys), bench.annotated))))
   truth = case.truth.select(np.isin(keyframe_key(case.truth), keyframe_key(keys)))
   yield Finding(
     "annotated keyframes without detections",
     f"{percent(float(np.mean(~covered)))} of the annotations of these videos are on keyframes without detections, and "
-    f"{absent} of the keyframes of the detections are not annotated; annotations are at {ours}, detections at {theirs}",
+    f"{absent} of the keyframes of the detections are not annotated; annotations are {ours}, detections {theirs}",
     "compare the timestamps of both files: another version or split, other keyframes (as every fourth second), an "
     "unfinished run or a high threshold",
     case.mean_ap,
     bench.score(truth, case.found)[0],
   )
+
+
+def _describe_times(rows: Rows) -> str:
+  time = np.unique(rows.timestamp)
+  return f"at {time[0]:g} to {time[-1]:g}, mostly {np.median(np.diff(time)) if len(time) > 1 else 0:g} apart"
 
 
 def _check_version(case: _Case) -> Iterator[Finding]:
@@ -330,13 +333,15 @@ def _check_classes(case: _Case) -> Iterator[Finding]:
   """Classes that only one of the files knows."""
   label_map = case.bench.label_map
   name = lambda index: f"{index} ({label_map[index]})"  # noqa: E731
-  best = case.found.action[best_of_box(case.found)]
+  best, on_person, right = _best_actions(case)
+  best = best[on_person]
   scored = case.truth.action[np.isin(case.truth.action, list(label_map))]
   annotated, detected = (set(np.unique(file.rows.action).tolist()) for file in (case.bench.truth, case.bench.found))
   if not case.plan.labels:
     empty = [index for index in sorted(label_map) if index not in annotated]
-    shares = {index: float(np.mean(best == index)) for index in empty if len(best)}
-    frequent = sorted((index for index in shares if shares[index] > 0.05), key=lambda index: -shares[index])
+    # A good model would not see a class again and again that is not there.
+    is_good = right.sum() > 0.3 * np.isin(best, sorted(annotated)).sum()
+    frequent = [c for c in empty if is_good and np.count_nonzero(best == c) >= max(10, 0.05 * len(best))]
     if not scored.size:
       yield Finding(
         "no annotation has a class of the label map",
@@ -347,7 +352,7 @@ def _check_classes(case: _Case) -> Iterator[Finding]:
       yield Finding(
         "frequently detected classes are empty in the ground truth",
         f"no annotation has class {', '.join(map(name, frequent))}, the best one for "
-        f"{percent(sum(shares[index] for index in frequent))} of the detected boxes",
+        f"{percent(np.isin(best, frequent).mean())} of the boxes on people",
         "check that the ground truth is complete and of the same classes; else leave them out of the label map",
       )
     elif empty and any(index in detected for index in empty):
@@ -372,6 +377,19 @@ def _check_classes(case: _Case) -> Iterator[Finding]:
     )
 
 
+def _best_actions(case: _Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """For each box the action of the best score, whether it is on a person, and whether that person does this."""
+  best = case.found.select(best_of_box(case.found))
+  truth_keyframe, keyframe = keyframe_ids(case.truth, best)
+  factor = 1 + max(case.truth.action.max(), best.action.max(initial=0))
+
+  def overlaps(truth_action: np.ndarray | int, action: np.ndarray | int) -> np.ndarray:
+    truth_group, group = truth_keyframe * factor + truth_action, keyframe * factor + action
+    return best_overlaps(truth_group, case.truth.boxes, group, best.boxes)[0] >= 0.5
+
+  return best.action, overlaps(0, 0), overlaps(case.truth.action, best.action)
+
+
 def _check_scores(case: _Case) -> Iterator[Finding]:
   scores = case.bench.found.rows.extra
   missing = np.isnan(scores)
@@ -392,7 +410,7 @@ def _check_scores(case: _Case) -> Iterator[Finding]:
       f"each of {len(scores):,} detections has score {high:g}, so that their order is arbitrary",
       "write the score of the action into column 8",
     )
-  elif high < 0.05 and not case.plan.scores:
+  elif 0 <= high < 0.05:
     yield Finding(
       "all scores are very low",
       f"the best of {len(scores):,} scores is {high:.3g}: usual thresholds (0.3 for actions to be shown, 0.002 for "
@@ -413,8 +431,8 @@ def _check_scores(case: _Case) -> Iterator[Finding]:
 def _check_duplicates(case: _Case) -> Iterator[Finding]:
   for what, rows in (("detections", case.found), ("annotations", case.truth)):
     rows = rows.select(~np.isnan(rows.boxes[:, 0]))
-    table = np.column_stack([keyframe_key(rows), rows.boxes, rows.action])
-    order = np.lexsort((-rows.extra, *table.T))
+    table = np.column_stack([keyframe_key(rows), rows.boxes, rows.action, rows.extra])
+    order = np.lexsort(table.T)
     again = np.zeros(len(order), bool)
     again[1:] = (np.diff(table[order], axis=0) == 0).all(axis=1)
     if not again.any():
@@ -424,8 +442,8 @@ def _check_duplicates(case: _Case) -> Iterator[Finding]:
     file = case.bench.found if what == "detections" else case.bench.truth
     yield Finding(
       f"{what} stand in the file more than once",
-      f"{again.sum():,} of {len(order):,} have the keyframe, box and class of another one",
-      "write each once, for a start: " + _command(file, "awk '!seen[$0]++'"),
+      f"{again.sum():,} of {len(order):,} are the same as another one",
+      _command(file, "awk '!seen[$0]++'"),
       case.mean_ap,
       after,
       note=again.mean() < 0.01,
@@ -480,19 +498,14 @@ def _check_excluded(case: _Case) -> Iterator[Finding]:
 
 def _check_model(case: _Case) -> Iterator[Finding]:
   """How good boxes and actions are, which explains the mAP where the files are as they should be."""
-  best = case.found.select(best_of_box(case.found))
-  truth_keyframe, keyframe = keyframe_ids(case.truth, best)
-  factor = 1 + max(case.truth.action.max(), best.action.max(initial=0))
-  on_person, right = (
-    best_overlaps(truth_keyframe * factor + action, case.truth.boxes, keyframe * factor + best_action, best.boxes)[0]
-    >= 0.5
-    for action, best_action in ((0, 0), (case.truth.action, best.action))
-  )
+  best, on_person, right = _best_actions(case)
+  if not len(best):
+    return
   covered = case.bench.fit(case.plan) >= 0.5
   yield Finding(
     "how good the detections are",
     f"{percent(np.mean(covered))} of the annotated people are found (IoU 0.5), {percent(np.mean(on_person))} of the "
-    f"{len(on_person):,} detected boxes are on people, and of these the best action is right for "
+    f"{len(best):,} detected boxes are on people, and of these the best action is right for "
     f"{percent(right.sum() / max(on_person.sum(), 1))}",
     "the lowest of the three is what to work at",
     note=True,
@@ -549,8 +562,8 @@ def _print(diagnosis: Diagnosis) -> None:
     console.print("Everything fine: nothing is wrong with these files.", style="bold green")
   for number, finding in enumerate(wrong, 1):
     _print_finding(console, f"{number}. {finding.name}", finding, "bold red")
-  if len(diagnosis.commands) and len(wrong) > 1:
-    console.print(f"\nAll repairs together, mAP {percent(diagnosis.repaired)}:", style="bold")
+  if sum(finding.after is not None for finding in wrong) > 1:
+    console.print(f"\nAll repairs together: mAP {percent(diagnosis.repaired)}", style="bold")
     for command in diagnosis.commands:
       console.print(Text(f"   {command}"))
   for finding in diagnosis.findings:

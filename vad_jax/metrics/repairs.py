@@ -110,26 +110,13 @@ def _helps(field: str, plan: Plan, bench: Bench) -> bool:
   if repair.certain:
     return True
   (mean_ap, person), (mean_ap_without, person_without) = bench.result(plan), bench.result(without)
-  if field == "boxes":
-    return person > person_without + 0.05
-  if field == "clock":
-    # Anything may fit better than no detections at all: the repair must also fit better than its neighbour.
-    control = plan._replace(clock=_move_repair(plan, 7.0))
-    return person > person_without + 0.02 and _fits_better(bench.fit(plan), bench.fit(control))
-  chance = max(0.02, 1 / math.sqrt(max(len(bench.rows(plan)[0].video), 1)))
+  if field in ("clock", "boxes"):
+    # Any boxes may fit better than none or misshapen ones: they must fit the people of their own keyframe best.
+    least, shift = (0.02, 7) if field == "clock" else (0.05, len(bench.sample) // 2)
+    fits_here = _fits_better(bench.fit(plan), bench.fit(plan, shift=shift))
+    return person > person_without + least and fits_here
+  chance = max(0.01, 0.6 / math.sqrt(max(len(bench.rows(plan)[0].video), 1)))
   return mean_ap > mean_ap_without + chance and mean_ap > (2 if field == "labels" else 1.2) * mean_ap_without
-
-
-def _move_repair(plan: Plan, seconds: float) -> Repair:
-  """The plan's clock, some seconds later."""
-  clock = plan.clock
-  assert clock is not None
-
-  def fix(rows: Rows) -> Rows:
-    rows = clock.fix(rows)
-    return rows._replace(timestamp=rows.timestamp + seconds)
-
-  return clock._replace(fix=fix)
 
 
 # --- names of videos ------------------------------------------------------------------------------------------
@@ -384,7 +371,7 @@ def _boxes(bench: Bench, layout: str, sizes: np.ndarray | None) -> Repair:
     filters[0] = _awk(program)
   if sizes is not None:
     values = rows.boxes if sizes[-1].max() > 1 else truth.boxes[~np.isnan(truth.boxes[:, 0])]
-    of_truth = sizes[-1].max() < 1
+    of_truth = bool(sizes[-1].max() < 1)
     names.append(f"{'ground-truth boxes' if of_truth else 'boxes'} are in pixels instead of fractions of the frame")
     above = percent(float(np.mean((values > 1).any(axis=1))))
     evidence.append(f"{above} of {len(values):,} boxes have a coordinate above 1, the largest is {values.max():.6g}")

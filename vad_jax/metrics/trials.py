@@ -148,10 +148,16 @@ class Bench:
         found = repair.fix(found)
     return truth, found
 
-  def fit(self, plan: Plan) -> np.ndarray:
-    """IoU of each annotated person of the sample with the detection that fits best, ``[P]``."""
+  def fit(self, plan: Plan, *, shift: int = 0) -> np.ndarray:
+    """IoU of each annotated person of the sample with the detection that fits best, ``[P]``.
+
+    Args:
+      plan: repairs to make before.
+      shift: take the detections of as many keyframes further on, as a control.
+    """
     truth, found = self.rows(plan)
     truth_keyframe, keyframe = keyframe_ids(truth, found)
+    keyframe = (keyframe + shift) % len(self.sample)
     return best_overlaps(keyframe, found.boxes, truth_keyframe[self._people], truth.boxes[self._people])[0]
 
   def result(self, plan: Plan) -> tuple[float, float]:
