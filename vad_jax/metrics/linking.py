@@ -62,8 +62,8 @@ def box_iou(a: np.ndarray, b: np.ndarray, margin: float) -> np.ndarray:
     b: boxes.
     margin: what a side is longer than the difference of its coordinates: 1 where they name pixels, 0 where edges.
   """
-  ax, ay, ax2, ay2 = np.moveaxis(a, -1, 0)
-  bx, by, bx2, by2 = np.moveaxis(b, -1, 0)
+  ax, ay, ax2, ay2 = (a[..., k] for k in range(4))
+  bx, by, bx2, by2 = (b[..., k] for k in range(4))
   width = np.minimum(ax2, bx2) - np.maximum(ax, bx) + margin
   height = np.minimum(ay2, by2) - np.maximum(ay, by) + margin
   shared = np.maximum(width, 0) * np.maximum(height, 0)
@@ -86,7 +86,7 @@ def soft_nms(group: np.ndarray, boxes: np.ndarray, score: np.ndarray) -> np.ndar
   Returns:
     ``[R]`` float64 scores.
   """
-  order = np.lexsort((-np.arange(len(group)), -score, group))
+  order = len(group) - 1 - np.lexsort((-score[::-1], group[::-1]))
   start = np.flatnonzero(np.diff(group[order], prepend=-1))
   count = np.diff(start, append=len(order))
   factor = np.ones(len(group))
@@ -130,7 +130,7 @@ def link_greedily(found: Candidates, num_frames: np.ndarray) -> list[LinkedTube]
   length = found.boxes.shape[1]
   group = found.video * (int(num_frames.max(initial=0)) + 1) + found.frame
   found = found._replace(score=soft_nms(group, found.boxes, found.score))
-  order = np.argsort(-found.score, kind="stable")
+  order = np.lexsort((-found.score, group))
   order = order[positions(group[order]) < MAX_TUBELETS]
   found = Candidates(*(column[order] for column in found))
   tube, rank = _assign_tubes(found, num_frames - length + 1)
@@ -161,7 +161,7 @@ def _assign_tubes(found: Candidates, num_starts: np.ndarray) -> tuple[np.ndarray
   """Says which tube each detection belongs to.
 
   Args:
-    found: detections, best first.
+    found: detections, the best of a frame first.
     num_starts: ``[V]`` number of frames in which a detection may start.
 
   Returns:

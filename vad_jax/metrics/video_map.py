@@ -137,20 +137,20 @@ def video_map(
   found = _of_videos(detections, names, num_frames)
   in_frames, in_tubes = _members(found, protocol, dataset)
   labels = ground_truth.labels
-  frame_ap, video_ap = np.full((2, len(IOUS), len(labels)), np.nan)
+  without_truth = {"act": (0, 0), "class_query": (np.nan, 0), "multisports": (np.nan, np.nan)}[protocol]
+  frame_ap, video_ap = (np.full((len(IOUS), len(labels)), value, np.float64) for value in without_truth)
   num_boxes, num_tubes, num_linked = np.zeros((3, len(labels)), np.int64)
   with progress.bar("scoring classes", len(labels)) as advance:
     for k, label in enumerate(labels):
       truth = _truth_of_class(ground_truth, names, k)
       num_boxes[k], num_tubes[k] = sum(map(len, truth.boxes)), len(truth.boxes)
-      if protocol != "multisports" or (truth.boxes and label not in _LEFT_OUT_OF_MULTISPORTS):
-        if truth.boxes or protocol == "act":
-          frame_ap[:, k] = _frame_ap(_candidates(found, k, in_frames[:, k]), truth, protocol)
-        tubes = _link(_candidates(found, k, in_tubes[:, k]), num_frames, protocol, dataset)
-        num_linked[k] = len(tubes)
+      tubes = _link(_candidates(found, k, in_tubes[:, k]), num_frames, protocol, dataset)
+      num_linked[k] = len(tubes)
+      if truth.boxes and not (protocol == "multisports" and label in _LEFT_OUT_OF_MULTISPORTS):
+        frame_ap[:, k] = _frame_ap(_candidates(found, k, in_frames[:, k]), truth, protocol)
         video_ap[:, k] = _video_ap(tubes, truth, protocol, dataset)
       advance()
-  if not np.isfinite(video_ap).any() or not num_boxes.any():
+  if not num_boxes.any() or np.isnan(video_ap).all():
     raise ValueError(f"no class that {protocol} scores is annotated in the test videos: nothing to score against")
   by_iou = {"frame": dict(zip(IOUS, frame_ap, strict=True)), "video": dict(zip(IOUS, video_ap, strict=True))}
   summary = {
@@ -272,7 +272,7 @@ def _frame_ap(found: Candidates, truth: _Truth, protocol: Protocol) -> np.ndarra
   else:
     rank[order] = np.arange(len(order))
 
-  boxes = np.concatenate([np.empty((0, 5)), *truth.boxes])
+  boxes = np.concatenate(truth.boxes)
   owner = np.repeat(truth.video, [len(tube) for tube in truth.boxes]) * step + boxes[:, 0].astype(np.int64)
   frames, owner = np.unique(owner, return_inverse=True)
   slot = positions(owner)
