@@ -1,6 +1,5 @@
 """Frame-mAP against results of the official evaluator, a plain second implementation, and by hand."""
 
-import heapq
 import json
 from pathlib import Path
 from unittest import mock
@@ -10,9 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import plain_frame_map
 from vad_jax.annotations import Rows, read_ava_csv, read_excluded, read_label_map
 from vad_jax.metrics import frame_map as module
-from vad_jax.metrics.frame_map import average_precision, frame_map, frame_maps, person_ap
+from vad_jax.metrics.frame_map import (
+  SplitKeyframeError,
+  average_precision,
+  frame_map,
+  frame_maps,
+  keyframe_ids,
+  person_ap,
+)
+from vad_jax.metrics.protocols import PROTOCOLS
 
 _GOLDEN = Path(__file__).parents[1] / "golden" / "ava_small"
 _EXPECTED = json.loads((_GOLDEN / "expected.json").read_text())["expected"]
@@ -83,51 +91,11 @@ def test_matches_the_evaluators_in_use(detections, variant):
     )
 
 
-def _plain_map(ground_truth, detections, label_map, iou):
-  """The protocol once more, row by row and without any thought of speed."""
-
-  def read(rows, capacity):
-    heaps, seen = {}, set()
-    for video, time, box, action, extra in zip(*rows, strict=True):
-      key = (video, f"{time:.6f}")
-      seen.add(key)
-      if action in label_map:
-        heap = heaps.setdefault(key, [])
-        entry = (extra, action, box[1], box[0], box[3], box[2])
-        if len(heap) < capacity:
-          heapq.heappush(heap, entry)
-        elif extra > heap[0][0]:
-          heapq.heapreplace(heap, entry)
-    return {key: sorted(heap, key=lambda entry: -entry[0]) for key, heap in heaps.items()}, seen
-
-  def overlap(a, b):
-    height, width = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(height, 0) * max(width, 0)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return shared / union
-
-  truth, known = read(ground_truth, 10**9)
-  found, _ = read(detections, module.MAX_ROWS)
-  ap = {}
-  for index in label_map:
-    hits, total = [], sum(entry[1] == index for entries in truth.values() for entry in entries)
-    for key, entries in found.items():
-      boxes = [entry[2:] for entry in truth.get(key, []) if entry[1] == index]
-      taken = set()
-      for entry in entries:
-        if key not in known or entry[1] != index or entry[2] >= entry[4] or entry[3] >= entry[5]:
-          continue
-        overlaps = [overlap(entry[2:], box) for box in boxes]
-        best = int(np.argmax(overlaps)) if boxes else -1
-        hits.append((entry[0], bool(boxes) and overlaps[best] >= iou and best not in taken))
-        if hits[-1][1]:
-          taken.add(best)
-    ranked = [hits[i][1] for i in np.argsort([score for score, _ in hits], kind="stable")[::-1]]
-    true = np.cumsum(ranked)
-    precision = true / np.arange(1, len(ranked) + 1)
-    best = [max(precision[i:]) for i in range(len(ranked))]
-    ap[index] = sum(best[i] for i in range(len(ranked)) if ranked[i]) / total if total else np.nan
-  return ap
+def _plain_ap(truth, found, **kwargs):
+  rows = (
+    [*zip(rows.video, rows.timestamp, rows.boxes, rows.action, rows.extra, strict=True)] for rows in (truth, found)
+  )
+  return plain_frame_map.frame_ap(*rows, _LABELS.keys(), **kwargs)
 
 
 @st.composite
@@ -153,54 +121,169 @@ def _scenes(draw):
   return truth, rows(num_found, 3, rng.integers(0, levels, num_found) / levels)
 
 
+_PROTOCOL = st.sampled_from(sorted(PROTOCOLS))
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(_scenes(), st.sampled_from([1, 8, 50]), st.sampled_from([0.2, 0.5]))
-def test_matches_a_plain_implementation(scene, limit, iou):
+@given(_scenes(), _PROTOCOL, st.sampled_from([1, 8, 50]), st.sampled_from([0.2, 0.5]), st.booleans())
+def test_matches_a_plain_implementation(scene, protocol, limit, iou, exclude):
   truth, found = scene
+  excluded = {("video0", 1.0), ("video2", 2.0), ("nowhere", 1.0)} if exclude else set()
+  kwargs = {"iou": iou, "protocol": protocol, "excluded": excluded}
   with mock.patch.object(module, "MAX_ROWS", limit):
-    expected = _plain_map(truth, found, _LABELS, iou)
-    result = frame_map(truth, found, _LABELS, iou=iou)
+    expected = _plain_ap(truth, found, max_rows=limit, **kwargs)
+    result = frame_map(truth, found, _LABELS, **kwargs)
   np.testing.assert_allclose([result.ap[index] for index in _LABELS], list(expected.values()), atol=1e-12)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(_scenes(), st.randoms(use_true_random=False))
-def test_order_of_rows_is_irrelevant_without_ties(scene, random):
+@given(_scenes(), _PROTOCOL, st.randoms(use_true_random=False))
+def test_order_of_rows_is_irrelevant_without_ties(scene, protocol, random):
   truth, found = scene
   found.extra[:] = np.random.default_rng(0).permutation(len(found.extra))
-  order = list(range(len(found.extra)))
-  random.shuffle(order)
+  order = random.sample(range(len(found.extra)), len(found.extra))
+  if protocol == "slowfast":  # inside a keyframe it is relevant
+    place = {keyframe: random.random() for keyframe in zip(found.video, found.timestamp, strict=True)}
+    order = sorted(range(len(order)), key=lambda row: place[found.video[row], found.timestamp[row]])
   shuffled = found.select(np.array(order, np.int64))
-  np.testing.assert_equal(frame_map(truth, shuffled, _LABELS).ap, frame_map(truth, found, _LABELS).ap)
+  results = [frame_map(truth, rows, _LABELS, protocol=protocol).ap for rows in (shuffled, found)]
+  np.testing.assert_equal(*results)
   assert person_ap(truth, shuffled) == person_ap(truth, found)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(_scenes(), st.integers(1, 3), st.sampled_from([-1.0, 0.35, 2.0]))
-def test_another_false_positive_never_helps(scene, action, score):
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(_scenes(), _PROTOCOL, st.integers(1, 3), st.sampled_from([-1.0, 0.35, 2.0]))
+def test_another_false_positive_never_helps(scene, protocol, action, score):
   truth, found = scene
   found = found.select(np.arange(min(40, len(found.extra))))  # below the limit of a keyframe
   wrong = _rows((truth.video[0], truth.timestamp[0], (0.98, 0.98, 1.0, 1.0), action, score))
   more = Rows(*(np.concatenate(columns) for columns in zip(found, wrong, strict=True)))
-  before, after = frame_map(truth, found, _LABELS).ap, frame_map(truth, more, _LABELS).ap
+  before, after = (frame_map(truth, rows, _LABELS, protocol=protocol).ap for rows in (found, more))
   for index in _LABELS:
-    assert np.isnan(after[index]) or after[index] <= before[index] + 1e-12
-  if score == -1:  # at the end of the ranking it does not hurt either
-    np.testing.assert_equal(after, before)
+    counted_before = before[index] if np.isfinite(before[index]) else 0  # mmaction2 counts detected classes only
+    assert np.isnan(after[index]) or after[index] <= counted_before + 1e-12
+    if score == -1:  # at the end of the ranking it does not hurt either
+      assert np.isnan(after[index]) or after[index] == counted_before
   assert person_ap(truth, more) <= person_ap(truth, found) + 1e-12
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(_scenes())
-def test_perfect_detections_give_one(scene):
+@given(_scenes(), _PROTOCOL)
+def test_perfect_detections_give_one(scene, protocol):
   def once(*columns):
     return np.unique(np.column_stack([truth.timestamp, truth.boxes, *columns]), axis=0, return_index=True)[1]
 
   truth = scene[0].select(scene[0].video == scene[0].video[0])
   truth = truth.select(once(truth.action))
   found = truth._replace(extra=np.linspace(0, 1, len(truth.extra)))
-  assert frame_map(truth, found, _LABELS).mean_ap == 1
+  assert frame_map(truth, found, _LABELS, protocol=protocol).mean_ap == 1
   assert person_ap(truth, found.select(once())) == 1
+
+
+def _parts(rows, size):
+  """Some keyframes at a time, as a file is read whose keyframes stand together."""
+  for begin in range(0, len(rows.extra), size):
+    yield rows.select(np.arange(begin, min(begin + size, len(rows.extra))))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_parts_give_what_the_whole_gives(protocol):
+  label_map = read_label_map(_GOLDEN / "labelmap.pbtxt")
+  truth, found = read_ava_csv(_GOLDEN / "gt.csv"), read_ava_csv(_GOLDEN / "results.csv")
+  keyframe, _ = keyframe_ids(found, found)
+  if protocol == "mmaction2":  # which wants them in the order of the annotations
+    known, rank = keyframe_ids(truth.select(np.isin(truth.action, list(label_map))), found)
+    keyframe = np.where(rank >= 0, rank, keyframe + known.max() + 1)
+  order = np.argsort(keyframe, kind="stable")
+  whole = found.select(order)
+  cuts = np.flatnonzero(np.diff(keyframe[order])) + 1
+  parts = [whole.select(index) for index in np.split(np.arange(len(order)), cuts[::3])]
+  kwargs = {"label_map": label_map, "ious": [0.5, 0.75], "protocol": protocol, "excluded": _EXCLUDED}
+  for ours, theirs in zip(frame_maps(truth, iter(parts), **kwargs), frame_maps(truth, found, **kwargs), strict=True):
+    np.testing.assert_equal(ours.ap, theirs.ap)
+    assert ours.tally == theirs.tally
+  with pytest.raises(SplitKeyframeError):
+    frame_maps(truth, _parts(found, 100), **kwargs)
+
+
+def test_counts_what_lets_protocols_differ():
+  full, thin = (0, 0, 1, 1), (0.5, 0, 0.5, 1)
+  truth = _rows(
+    ("a", 1, full, 1, 0), ("a", 2, None, 0, 1), ("a", 2.5, full, 1, 0), ("a", 3, full, 9, 0), ("b", 1, full, 2, 0)
+  )
+  found = _rows(
+    ("a", 1, full, 1, 0.5),
+    ("a", 1, full, 1, 0.6),  # better than the one before
+    ("a", 1, thin, 1, 0.5),  # the score of the first, and no area
+    ("a", 1, full, 1, 0.5),  # the first again
+    ("a", 1, full, 9, 0.5),  # no scored class
+    ("a", 3, full, 1, 0.1),  # annotated, but no scored class
+    ("b", 1, full, 1, 0.2),  # excluded
+    ("c", 1, full, 1, 0.3),  # an unknown video
+    *[("a", 2.5, full, 3, 0.9 - score / 100) for score in range(52)],
+  )
+  result = frame_map(truth, found, _LABELS, excluded={("b", 1.0)})
+  assert {kind: number for kind, number in result.tally.items() if number} == {
+    "keyframe_rows": 1,
+    "fractions": 1,
+    "other_annotations": 1,
+    "excluded_annotations": 1,
+    "other_classes": 1,
+    "unlabelled": 1,
+    "excluded": 1,
+    "unannotated": 1,
+    "unknown_videos": 1,
+    "empty": 1,
+    "equal_in_keyframe": 2,
+    "duplicates": 1,
+    "unsorted": 1,
+    "equal_scores": 1,
+    "beyond_limit": 2,
+  }
+  assert len(result.differences()) == 15
+  assert result.num_keyframes == 4
+  assert result.num_boxes == 2
+  missed = frame_map(truth, _rows(), _LABELS)
+  assert "annotated classes without detection (AP 0, but left out of the mean by mmaction2): 2" in missed.differences()
+  everything = frame_map(truth.select(np.array([0])), _rows(("a", 1, full, 1, 0.5)), _LABELS)
+  assert everything.differences() == []
+
+
+def test_protocols_by_hand():
+  truth = _rows(("a", 1, _LEFT, 1, 0), ("a", 1, _RIGHT, 2, 0), ("b", 1, _LEFT, 1, 0))
+  found = _rows(
+    ("a", 1, (0, 0, 0.4, 0.9), 1, 0.5),  # in slowfast it claims the box, and the better one is wrong
+    ("a", 1, _LEFT, 1, 0.9),
+    ("c", 1, _LEFT, 1, 0.95),  # in slowfast it is wrong, for the others it does not exist
+  )
+  ap = {name: frame_map(truth, found, _LABELS, protocol=name, excluded={("b", 1.0)}).ap for name in PROTOCOLS}
+  assert ap["activitynet"] == pytest.approx({1: 1, 2: 0, 3: np.nan}, nan_ok=True)
+  assert ap["slowfast"] == pytest.approx({1: 1 / 3, 2: 0, 3: np.nan}, nan_ok=True)
+  assert ap["mmaction2"] == pytest.approx({1: 1 / 2, 2: np.nan, 3: np.nan}, nan_ok=True)  # the excluded box is missed
+
+
+def test_nothing_counts_for_mmaction2():
+  assert np.isnan(frame_map(_rows(("a", 1, _LEFT, 1, 0)), _rows(), _LABELS, protocol="mmaction2").mean_ap)
+
+
+def test_mmaction2_rounds_to_single_precision():
+  truth = _rows(("a", 1, (0, 0, 1, 1), 1, 0))
+  found = _rows(("a", 1, (0, 0, 0.5 - 1e-9, 1), 1, 0.9))
+  assert frame_map(truth, found, _LABELS).mean_ap == 0
+  assert frame_map(truth, found, _LABELS, protocol="mmaction2").mean_ap == 1
+
+
+def test_inverted_detections():
+  truth, found = _rows(("a", 1, _LEFT, 1, 0)), _rows(("clip", 1, _LEFT, 1, 1), ("a", 1, _LEFT[::-1], 1, 0.9))
+  assert frame_map(truth, found, _LABELS).tally["empty"] == 1
+  with pytest.raises(ValueError, match=r"detection .*a at 1 s.*inverted"):
+    frame_map(truth, found, _LABELS, protocol="mmaction2")
+
+
+def test_unknown_protocol():
+  rows = _rows(("a", 1, _LEFT, 1, 0))
+  with pytest.raises(ValueError, match="unknown protocol 'ava': choose one of activitynet, slowfast, mmaction2"):
+    frame_map(rows, rows, _LABELS, protocol="ava")
 
 
 def test_by_hand():

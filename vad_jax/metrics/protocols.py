@@ -95,15 +95,17 @@ def in_order(rows: Rows, keyframe: np.ndarray, ranking: np.ndarray, order: str, 
 
 def inspect(rows: Rows, keyframe: np.ndarray, ranking: np.ndarray) -> collections.Counter[str]:
   """Counts what makes evaluators differ inside keyframes; arguments as of `in_order`."""
-  action, score, boxes = rows.action[ranking], rows.extra[ranking], rows.boxes[ranking]
+  action, score = rows.action[ranking], rows.extra[ranking]
   equal = (np.diff(keyframe[ranking]) == 0) & (np.diff(score) == 0) & (np.diff(action) == 0)
+  tied = ranking[np.append(equal, False) | np.append(False, equal)]
+  tied_rows = np.column_stack([keyframe[tied], rows.action[tied], rows.extra[tied], rows.boxes[tied]])
   by_class = np.lexsort((rows.action, keyframe))
   together = (np.diff(keyframe[by_class]) == 0) & (np.diff(rows.action[by_class]) == 0)
   return collections.Counter(
     beyond_limit=int((np.bincount(keyframe - keyframe.min()) - MAX_ROWS).clip(0).sum()),
     unsorted=count(together & (np.diff(rows.extra[by_class]) > 0)),
     equal_in_keyframe=count(equal),
-    duplicates=count(equal & (boxes[1:] == boxes[:-1]).all(axis=1)),
+    duplicates=len(tied) - len(np.unique(tied_rows, axis=0)),
     empty=count(~has_area(rows.boxes)),
   )
 
