@@ -15,15 +15,16 @@ unknown length once), of a condition its dearest branch. There are three counts:
   after it (lateral ones of EVAD's pyramid) counts as often as there.
 * ``paper``: what the authors' counter sees, for comparison with their figure. EVAD's adds five for every element that
   a layer norm gets, and misses the first linear layer of each action classifier of the decoder and the two products
-  of the self-attention in localisation layers (its projections count).
+  of the self-attention in localisation layers (its projections count). Where ``vad_jax.papers`` knows no counter of a
+  system, this is ``exact``.
 
-**Memory** follows from the order of the traced operations: an array is taken to exist from the operation that makes it
-to the last one that needs it. Compilers fuse operations, so that many arrays never exist: an upper bound, but for what
-compilers and their libraries take for themselves. Inference is one clip: weights, input, and the most that exists in
-between at a time. Training is one microbatch on one device that holds all parameters: these (and their moving average),
-AdamW's two moments, and the most that exists during the computation of the gradients, themselves and what the
-forward pass keeps for the backward one included (less with ``remat``). A batch that is taken in several microbatches
-sums their gradients, which takes as much as the parameters once more.
+**Memory** is an estimate, for operations in the traced order: an array exists from the operation that makes it to the
+last one that needs it. Fusion takes less, since many arrays are never made; compilers that change the order or copy
+operands take more (XLA on a CPU several times as much for gradients). Inference is one clip: weights, input, and the
+most that exists in between at a time. Training is one microbatch on one device that holds all parameters: these (and
+their moving average), AdamW's two moments, the batch, and the most that exists while gradients are computed, which
+includes them and what the forward pass keeps for the backward one (less with ``remat``). A batch that is taken in
+several microbatches sums their gradients: as much as the parameters once more.
 """
 
 import argparse
@@ -38,7 +39,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,78 +53,13 @@ from ml_collections import config_flags
 from vad_jax import models
 from vad_jax.batch import Batch, Detections
 from vad_jax.checkpoint import split_model
+from vad_jax.papers import FREE_OPTIONS, PAPERS, Figure, Paper, Rule, Size
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes a type checker cannot know
-Size = tuple[int, int, int]  # frames, height, width
 
 NUM_CLASSES = {"ava": 80, "synthetic": 80, "jhmdb": 21, "ucf101_24": 24}  # by the name of the data set
 COUNTS = ("exact", "paper", "run")  # see the module's docstring
 NOT_COUNTED = ("roi_align", "importance")  # named scopes that only ``run`` counts
-# Arguments that do not decide which figure of a paper a model belongs to.
-FREE_OPTIONS = {"name", "drop_path", "remat", "dtype", "action_loss", "token_order"}
-
-
-class Figure(NamedTuple):
-  """What a paper prints for one model and input; ``options`` are those of the model's constructor."""
-
-  options: dict[str, Any]
-  size: Size
-  gflops: float
-  mean_ap: float | None
-  parameters: str | None
-
-
-class Rule(NamedTuple):
-  """How often what a module multiplies counts; projections of an attention are modules of their own."""
-
-  path: str  # regular expression of the module's whole path
-  exact: int
-  paper: int
-
-
-class Paper(NamedTuple):
-  """Figures of a system, and how they were counted."""
-
-  norm: int  # what the authors' counter adds for each element that a layer norm gets
-  rules: Sequence[Rule]
-  figures: Sequence[Figure]
-
-
-def _evad_figures() -> Iterator[Figure]:
-  """Tables 1a, 1b, 1d, 2, 3, 4 and 6; all inputs are square."""
-  for side, keep_rate, gflops, mean_ap in (
-    (224, 1.0, 223.8, 30.5),
-    (224, 0.9, 186.3, 30.6),
-    (224, 0.8, 157.0, 30.5),
-    (224, 0.7, 134.2, 30.7),
-    (224, 0.6, 116.3, 30.2),
-    (256, 1.0, 311.9, 31.2),
-    (256, 0.7, 182.3, 31.4),
-    (288, 1.0, 424.5, 32.1),
-    (288, 0.9, 346.3, 32.2),
-    (288, 0.8, 287.4, 32.1),
-    (288, 0.7, 242.8, 32.3),
-    (288, 0.6, 208.9, 31.4),
-  ):
-    yield Figure({"variant": "vit_b", "keep_rate": keep_rate}, (16, side, side), gflops, mean_ap, "185M")
-  for side, keep_rate, gflops, mean_ap in ((224, 1.0, 707.9, None), (224, 0.7, 409.4, None), (288, 0.7, 737.0, 39.7)):
-    yield Figure({"variant": "vit_l", "keep_rate": keep_rate}, (16, side, side), gflops, mean_ap, None)
-  yield Figure({"pruning": "random"}, (16, 224, 224), 158.9, 29.9, "185M")
-  yield Figure({"decoder_tokens": "all"}, (16, 224, 224), 156.1, 30.2, "185M")
-
-
-PAPERS = {
-  "evad": Paper(
-    norm=5,
-    rules=(
-      Rule(r"fpn\.lateral\.0", 16, 16),
-      Rule(r"fpn\.lateral\.1", 4, 4),
-      Rule(r"decoder\.classifiers\.\d+\.hidden", 1, 0),
-      Rule(r"head\.\d+\.self_attn", 1, 0),
-    ),
-    figures=tuple(_evad_figures()),
-  ),
-}
 
 
 def describe(config: Config, size: Size | None = None, *, training: bool = True) -> dict[str, Any]:
@@ -318,8 +254,8 @@ def peak_memory(jaxpr: core.Jaxpr, results: Sequence[Any] | None = None) -> int:
   """Most bytes that exist at a time of what a program makes; see the module's docstring.
 
   Args:
-    jaxpr: the program. Its arguments belong to the caller.
-    results: those of its variables that are wanted, what only others need is not computed; None wants all it returns.
+    jaxpr: the program; its arguments belong to the caller.
+    results: its variables that are wanted, what others need is not computed; None wants all that it returns.
   """
   wanted = {v for v in (jaxpr.outvars if results is None else results) if isinstance(v, core.Var)}
   steps = []
@@ -413,7 +349,7 @@ def markdown(paths: Sequence[str]) -> str:
       f"{total['parameters']:,}",
       f"{total['exact'] / 1e9:.2f}",
       f"{total['paper'] / 1e9:.2f}",
-      f"{paper['gflops']}" if paper else "",
+      f"{paper['gflops']:g}" if paper else "",
     )
     rows.append(f"| {' | '.join(cells)} |")
   return "\n".join(rows)
@@ -496,11 +432,13 @@ def _override(config: Config, arguments: Sequence[str]) -> Config:
   """
   values = flags.FlagValues()
   command = ["describe", *arguments]
-  config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
   try:
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
     _, *surplus = values(command)
   except AttributeError as error:  # how ConfigDict says that a key does not exist
-    raise ValueError(f"no such config key: {error.args[0]} (configs/common.py lists all)") from error
+    cause = error.args[0]
+    key = cause.args[0] if isinstance(cause, KeyError) else cause
+    raise ValueError(f"no such config key: {key} (configs/common.py lists all)") from error
   except (flags.Error, KeyError, TypeError) as error:
     raise ValueError(str(error)) from error
   if surplus:
@@ -512,24 +450,25 @@ def _print(description: dict[str, Any]) -> None:
   """Prints tables to the terminal."""
   console = rich.console.Console()
   model, size = description["model"], " x ".join(map(str, description["input"]))
-  console.print(f"{model['name']} {model.get('variant', '')}, one clip of {size} pixels".replace(" ,", ","))
+  console.print(f"{' '.join(filter(None, (model['name'], model.get('variant'))))}, one clip of {size}")
 
   parts = rich.table.Table("part", "parameters", "GMACs", "as the paper counts", "as run here")
   for column in parts.columns[1:]:
     column.justify = "right"
   for name, numbers in {**description["parts"], "total": description["total"]}.items():
+    if name == "total":
+      parts.add_section()
     parts.add_row(name, f"{numbers['parameters']:,}", *(f"{numbers[count] / 1e9:.2f}" for count in COUNTS))
-  parts.rows[-2].end_section = True
   console.print(parts)
   if paper := description["paper"]:
-    printed = [f"{paper['gflops']} GFLOPs"]
+    printed = [f"{paper['gflops']:g} GFLOPs"]
     printed += [f"{paper['parameters']} parameters"] if paper["parameters"] else []
     printed += [f"{paper['mean_ap']} mAP"] if paper["mean_ap"] else []
     console.print(f"the paper prints {', '.join(printed)}")
   else:
     console.print("the paper prints no figure for this model and input")
 
-  memory = rich.table.Table("memory, estimated", "GiB", show_header=True)
+  memory = rich.table.Table("memory, estimated", "GiB")
   memory.columns[1].justify = "right"
   clips = description["memory"]["microbatch"]
   for label, key in {
@@ -543,7 +482,7 @@ def _print(description: dict[str, Any]) -> None:
     memory.add_row(label, f"{description['memory'][key] / 2**30:.2f}")
   console.print(memory)
   for kind in ("inputs", "outputs", "detections"):
-    console.print(f"{kind}")
+    console.print(kind)
     for name, text in description[kind].items():
       console.print(f"  {name}: {text}", soft_wrap=True, markup=False, highlight=False)
 
@@ -566,7 +505,7 @@ def _aval(variable: Any) -> Any:
 
 
 def _bytes(variable: Any) -> int:
-  return variable.aval.size * variable.aval.dtype.itemsize
+  return _aval(variable).size * _aval(variable).dtype.itemsize
 
 
 def _tree_bytes(tree: Any) -> int:
