@@ -278,7 +278,7 @@ def _read_tensorflow(prefix: Path) -> tuple[_Content, list[Path]]:
     tensors = {
       name: torch_files.widened(reader.get_tensor(name)) for name in sorted(reader.get_variable_to_shape_map())
     }
-  except (tf.errors.OpError, ValueError, RuntimeError) as error:
+  except (tf.errors.OpError, ValueError, LookupError, RuntimeError) as error:
     raise WeightFileError(f"{prefix}: a TensorFlow checkpoint, {_AGAIN} ({_one_line(error)})") from None
   return _select(prefix, "TensorFlow checkpoint", tensors), files
 
