@@ -1,6 +1,7 @@
 """Every analysis agrees with cases worked out by hand, or with `frame_map` on rows changed one by one."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -69,17 +70,18 @@ def test_each_kind_of_mistake():
     (1, _person(0.8), 1, 0.5),  # nobody
     (1, [0.5, 0.3, 0.7, 0.8], 1, 0.4),  # on somebody else, but barely
     (1, _person(0.12), 2, 0.3),  # misplaced: IoU 0.25
-    (1, _person(0), 4, 0.2),  # a class that only others could have
+    (1, _person(0), 4, 0.2),  # a class that nobody has
+    (1, _person(0.19), 1, 0.1),  # barely touches the right one
   )
   matched = analysis.match(truth, found, _LABELS)
   kinds = [analysis.KINDS[kind] for kind in matched.kind]
   assert kinds == [
     *("correct", "duplicate", "localisation", "confusion"),
-    *("background", "background", "localisation", "confusion"),
+    *("background", "background", "localisation", "confusion", "background"),
   ]
   result = analysis.errors(matched)
   assert {kind: counts[1] for kind, counts in result.counts.items()} == {
-    **{"correct": 1, "localisation": 1, "confusion": 1, "duplicate": 1, "background": 2},
+    **{"correct": 1, "localisation": 1, "confusion": 1, "duplicate": 1, "background": 3},
     "missed": 0,
   }
   assert result.counts["missed"] == {1: 0, 2: 2, 4: 0}
@@ -195,6 +197,14 @@ def test_by_actors():
     assert subset.num_boxes == number * subset.num_keyframes
 
 
+def test_what_is_found_on_keyframes_without_annotation_belongs_to_no_group():
+  truth = _rows((1, _person(0), 1, 0))
+  found = _rows((2, _person(0), 1, 0.9), (1, _person(0), 1, 0.8))
+  score = functools.partial(frame_map, label_map=_LABELS, protocol="slowfast")
+  assert score(truth, found).mean_ap == 0.5
+  assert [subset.mean_ap for subset in analysis.by_actors(truth, found, score)] == [1.0]
+
+
 def test_crowds_are_one_group():
   truth = _rows(*((k, _person(0.1 * i), 1, i) for k in (1, 2) for i in range(5 + k)))
   (subset,) = analysis.by_actors(truth, truth, lambda truth, found: frame_map(truth, found, _LABELS))
@@ -221,6 +231,26 @@ def test_oracle_of_labels_gives_missed_classes_the_best_score():
   labelled = seen[2]
   rows = sorted(zip(labelled.timestamp.tolist(), labelled.action.tolist(), labelled.extra.tolist(), strict=True))
   assert rows == [(1, 1, 0.9), (1, 2, 0.9), (2, 2, 0.5), (9, 1, 0.99)]
+
+
+def test_people_without_a_scored_class_and_keyframes_without_people():
+  # The first row of the first person is of no scored class, the second person has no other, and keyframe 2 nobody.
+  truth = _rows((1, _person(0), 3, 0), (1, _person(0), 1, 0), (1, _person(0.5), 3, 1), (2, [np.nan] * 4, 0, 1))
+  found = _rows((2, _person(0), 1, 0.9), (1, _person(0), 1, 0.8))
+  result = analysis.analyse(truth, found, _LABELS)
+  assert [(subset.name, subset.num_boxes, subset.mean_ap) for subset in result.by_actors] == [("1", 1, 1.0)]
+  assert [(subset.name, subset.num_boxes, subset.mean_ap) for subset in result.by_area] == [("0–100 %", 1, 0.5)]
+  assert result.oracle == (0.5, 0.5, 0.5, 0.5)  # nobody takes away what was found on keyframe 2
+
+
+@pytest.mark.parametrize("action", [1, 2, 3, 4])
+def test_any_class_may_come_first(action):
+  label_map = dict.fromkeys(range(1, 5), "")
+  truth = _rows((1, _person(0), action, 0), (2, _person(0), action, 0))
+  found = _rows((9, _person(0), action, 0.9), (9, _person(0.1), action, 0.8), (1, _person(0), action, 0.7))
+  result = analysis.analyse(truth, found, label_map, protocol="slowfast")
+  assert result.frame_map.mean_ap == pytest.approx(1 / 6)
+  assert [example.score for example in result.best] == [1.0]
 
 
 def test_confusion():

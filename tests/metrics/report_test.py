@@ -216,5 +216,5 @@ def test_scalars():
   found = report.scalars(analyse(_TRUTH, _FOUND, _LABELS))
   assert found["mean_ap/iou_0.50"] == found["oracle/detections"] == pytest.approx(2 / 3)
   assert found["gain/missed"] == pytest.approx(0.25)
-  assert found["mean_ap_by_actors/0_1"] == 1.0
+  assert found["mean_ap_by_actors/1"] == 1.0
   assert all(isinstance(value, float) and np.isfinite(value) for value in found.values())

@@ -40,7 +40,7 @@ class Subset(NamedTuple):
 
   Attributes:
     name: which part, in words.
-    mean_ap: over the classes that the part holds; NaN where it holds none.
+    mean_ap: over the classes that the part holds.
     num_classes: number of these.
     num_boxes: annotated people.
     num_keyframes: keyframes that they are in.
@@ -78,7 +78,7 @@ class Errors(NamedTuple):
       a perfect model has correct ones only, and scores that hardly matter for the AP stay out of sight.
     gain: kind (``correct`` apart) to what the mAP would gain if all of that kind were mended: misplaced ones
       moved onto their box and confused ones given a class that is missed on theirs, as long as one is
-      unclaimed, best score first; all others of the kind removed; missed boxes no longer asked for.
+      unclaimed, in the order of the protocol; all others of the kind removed; missed boxes no longer asked for.
   """
 
   counts: dict[str, dict[int, int]]
@@ -235,14 +235,14 @@ def by_area(ground_truth: Rows, detections: Rows, score: Score) -> list[Subset]:
 
   Annotations and detections outside a bin's limits do not count in it; every detection belongs to one bin.
   """
-  area = _area(ground_truth.boxes)
   keyframe, _ = keyframe_ids(ground_truth, detections)
-  people, _ = _distinct(keyframe, ground_truth.boxes)
-  sizes = np.sort(area[people[ground_truth.action[people] > 0]])
+  truth, keyframe = _annotated(ground_truth, keyframe)
+  people, _ = _distinct(keyframe, truth.boxes)
+  sizes = np.sort(_area(truth.boxes[people]))
   limits = np.unique(sizes[np.arange(1, _NUM_AREAS) * len(sizes) // _NUM_AREAS])
   limits = limits[limits > sizes[0]]  # equal sizes may leave fewer bins
-  truth_bin, found_bin = (np.searchsorted(limits, values, "right") for values in (area, _area(detections.boxes)))
-  edges = ["0", *(f"{100 * limit:.2g}" for limit in limits), "100"]
+  truth_bin, found_bin = (np.searchsorted(limits, _area(r.boxes), "right") for r in (ground_truth, detections))
+  edges = ["0", *(f"{float(f'{100 * limit:.2g}'):g}" for limit in limits), "100"]
   return [
     _subset(f"{low}–{high} %", _keep(ground_truth, truth_bin == index), detections.select(found_bin == index), score)
     for index, (low, high) in enumerate(itertools.pairwise(edges))
@@ -252,9 +252,9 @@ def by_area(ground_truth: Rows, detections: Rows, score: Score) -> list[Subset]:
 def by_actors(ground_truth: Rows, detections: Rows, score: Score) -> list[Subset]:
   """mAP on the keyframes with one annotated person, with two, and so on. Keyframes with nobody are left out."""
   keyframe, found_keyframe = keyframe_ids(ground_truth, detections)
-  people, _ = _distinct(keyframe, ground_truth.boxes)
-  people = people[ground_truth.action[people] > 0]
-  count = np.minimum(np.bincount(keyframe[people], minlength=keyframe.max() + 1), _MOST_ACTORS)
+  truth, truth_keyframe = _annotated(ground_truth, keyframe)
+  people, _ = _distinct(truth_keyframe, truth.boxes)
+  count = np.minimum(np.bincount(truth_keyframe[people], minlength=keyframe.max() + 1), _MOST_ACTORS)
   # Detections on keyframes without annotation belong to no group.
   found_count = np.where(found_keyframe >= 0, count[found_keyframe], 0)
   return [
@@ -276,13 +276,14 @@ def oracle(ground_truth: Rows, detections: Rows, score: Score) -> Oracle:
   nobody stays as it is. The annotated classes of a box all get the highest score that the box had.
   """
   truth_keyframe, keyframe = keyframe_ids(ground_truth, detections)
-  people, person = _distinct(truth_keyframe, ground_truth.boxes)
+  truth, truth_keyframe = _annotated(ground_truth, truth_keyframe)
+  people, person = _distinct(truth_keyframe, truth.boxes)
   boxes, box = _distinct(keyframe, detections.boxes)  # detected boxes, each with all its classes
   overlap, nearest = best_overlaps(
-    truth_keyframe[people], ground_truth.boxes[people], keyframe[boxes], detections.boxes[boxes]
+    truth_keyframe[people], truth.boxes[people], keyframe[boxes], detections.boxes[boxes]
   )
   moved = detections.boxes[boxes].copy()
-  moved[overlap > 0] = ground_truth.boxes[people[nearest[overlap > 0]]]
+  moved[overlap > 0] = truth.boxes[people[nearest[overlap > 0]]]
   relocated = detections._replace(boxes=moved[box])
 
   best_score = np.full(len(boxes), -np.inf)
@@ -295,7 +296,7 @@ def oracle(ground_truth: Rows, detections: Rows, score: Score) -> Oracle:
   unchanged = np.flatnonzero(overlap[box] == 0)
   row = np.concatenate([np.repeat(boxes[on_person], count), unchanged])
   labelled = detections.select(row)._replace(
-    action=np.concatenate([ground_truth.action[label], detections.action[unchanged]]),
+    action=np.concatenate([truth.action[label], detections.action[unchanged]]),
     extra=np.concatenate([np.repeat(best_score[on_person], count), detections.extra[unchanged]]),
   )
   return Oracle(
@@ -463,16 +464,16 @@ def compare(before: FrameMap, after: FrameMap) -> list[Change]:
 
 
 def _subset(name: str, truth: Rows, found: Rows, score: Score) -> Subset:
-  keyframe, _ = keyframe_ids(truth, found)
-  annotated = truth.action > 0
-  people, _ = _distinct(keyframe[annotated], truth.boxes[annotated])
+  annotated, keyframe = _annotated(truth, keyframe_ids(truth, found)[0])
+  people, _ = _distinct(keyframe, annotated.boxes)
   return Subset(
-    name,
-    score(truth, found).mean_ap if annotated.any() else math.nan,
-    len(np.unique(truth.action[annotated])),
-    len(people),
-    len(np.unique(keyframe[annotated])),
+    name, score(truth, found).mean_ap, len(np.unique(annotated.action)), len(people), len(np.unique(keyframe))
   )
+
+
+def _annotated(rows: Rows, keyframe: np.ndarray) -> tuple[Rows, np.ndarray]:
+  """Rows that hold a box, and their keyframes."""
+  return rows.select(rows.action > 0), keyframe[rows.action > 0]
 
 
 def _keep(ground_truth: Rows, kept: np.ndarray) -> Rows:
@@ -488,7 +489,7 @@ def _is_in(rows: Rows, keyframes: Set[tuple[str, float]]) -> np.ndarray:
 
 
 def _missed_classes(matched: Match, claimed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Gives the confused detections on a person, best score first, the classes that are missed on it.
+  """Gives the confused detections on a person, in their order, the classes that are missed on it.
 
   Returns:
     Indices of detections, and for each the annotation that it gets.
@@ -563,7 +564,7 @@ def _distinct(keyframe: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _occurrence(values: np.ndarray) -> np.ndarray:
   """How often each value came before, in sorted values."""
-  new = np.flatnonzero(np.diff(values, prepend=-2))
+  new = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
   return np.arange(len(values)) - np.repeat(new, np.diff(new, append=len(values)))
 
 

@@ -9,6 +9,7 @@ import importlib.resources
 import json
 import math
 import os
+import re
 import string
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
@@ -190,7 +191,7 @@ def scalars(analysis: Analysis) -> dict[str, float]:
   result |= {f"oracle/{name}": value for name, value in analysis.oracle._asdict().items()}
   result |= {f"gain/{name}": value for name, value in analysis.errors.gain.items()}
   for group, subsets in (("area", analysis.by_area), ("actors", analysis.by_actors)):
-    result |= {f"mean_ap_by_{group}/{index}_{subset.name}": subset.mean_ap for index, subset in enumerate(subsets)}
+    result |= {f"mean_ap_by_{group}/{re.sub('[^0-9a-z.]+', '_', s.name).strip('_')}": s.mean_ap for s in subsets}
   return {name: value for name, value in result.items() if not math.isnan(value)}
 
 
