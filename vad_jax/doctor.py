@@ -274,7 +274,8 @@ def _check_version(case: _Case) -> Iterator[Finding]:
     truth, found = (rows.select(~np.isin(rows.video, bad)) for rows in (case.truth, case.found))
     yield Finding(
       "boxes do not fit in some videos",
-      f"in {len(bad)} videos hardly any box fits, in the others {percent((fit > 0.3).mean())}: "
+      f"in {len(bad)} of {np.count_nonzero(counts)} videos hardly any annotated box has a detection at IoU 0.3, in all "
+      f"together {percent((fit > 0.3).mean())} have: "
       f"{_some(case.bench.truth.names[bad], 3)}",
       f"look whether these videos are cut or scaled differently, or {cure}",
       case.mean_ap,
@@ -292,7 +293,7 @@ def _check_boxes(case: _Case) -> Iterator[Finding]:
     inverted = float(np.mean((boxes[:, :2] > boxes[:, 2:]).any(axis=1)))
     if pixels > 0.05 and extent(boxes).max() > 2 * max(1, extent(others).max()):
       yield Finding(
-        f"{what} boxes are in pixels instead of fractions of the frame",
+        f"{what} boxes are in pixels instead of normalised",
         f"{percent(pixels)} of {len(boxes):,} boxes have a coordinate above 1.5, the largest is {boxes.max():.6g}",
         "divide x by the width and y by the height of the frame",
       )

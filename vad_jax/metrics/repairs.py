@@ -52,13 +52,13 @@ _FRAME_SIDES = np.array(
   ]
 )
 _LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
-  "x1,y1,x2,y2": (lambda boxes: boxes, ""),
-  "y1,x1,y2,x2": (lambda boxes: boxes[:, [1, 0, 3, 2]], "t=$3;$3=$4;$4=t;t=$5;$5=$6;$6=t;"),
-  "x,y,width,height (xywh)": (
+  "xyxy": (lambda boxes: boxes, ""),
+  "yxyx": (lambda boxes: boxes[:, [1, 0, 3, 2]], "t=$3;$3=$4;$4=t;t=$5;$5=$6;$6=t;"),
+  "xywh": (
     lambda boxes: np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]),
     "$5+=$3;$6+=$4;",
   ),
-  "center x,center y,width,height (cxcywh)": (
+  "cxcywh": (
     lambda boxes: np.hstack([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2]),
     "w=$5;h=$6;$3-=w/2;$4-=h/2;$5=$3+w;$6=$4+h;",
   ),
@@ -269,21 +269,23 @@ def _move(rows: Rows, scale: float, offset: float, whole: bool) -> Rows:
 
 def _clock(scale: float, offset: float, whole: bool, now: float, matched: float) -> Repair:
   if scale == 1:
-    name, time = f"timestamps are {abs(offset):g} s too {'late' if offset < 0 else 'early'}", f"$2{offset:+.9g}"
+    name, time = "timestamps are off by a constant", f"$2{offset:+.9g}"
+    evidence = f"they are {abs(offset):g} s too {'high' if offset < 0 else 'low'}"
   elif scale == 0.001:
     name, time = "timestamps are in milliseconds", f"$2/1000{offset:+.9g}"
+    evidence = f"with 0 at second {offset:g}"
   else:
     first = round((_CLIP_START * (offset > _CLIP_START / 2) - offset) / scale)
     start = offset + first * scale
-    name = f"timestamps are frame numbers, at {1 / scale:.5g} fps from second {start:g}"
-    time = f"($2-{first})/{1 / scale:.12g}{start:+.9g}"
+    name, time = "timestamps are in frames", f"($2-{first})/{1 / scale:.12g}{start:+.9g}"
+    evidence = f"with {1 / scale:.5g} of them a second, and number {first} at second {start:g}"
   program = f"$2={time}"
   if whole and scale < 1:
     near = 0.6 * scale
     program = f"t={time};r=int(t+.5);$2=(t-r<{near:.4g}&&r-t<{near:.4g})?r:t"
   return Repair(
     name,
-    f"of the keyframes that both files could share they share {percent(now)}, and {percent(matched)} with this undone",
+    f"{evidence}; {percent(now)} of the keyframes match, {percent(matched)} with this undone",
     lambda rows: _move(rows, scale, offset, whole),
     (_awk(program), ""),
     certain=now < 0.2 and matched > 0.8 and (scale < 1 or abs(offset) == _CLIP_START),
@@ -320,7 +322,7 @@ def _repair_boxes(bench: Bench, plan: Plan) -> Iterator[Repair]:
   for layout, (to_xyxy, program) in list(_LAYOUTS.items())[2:]:
     if inverted > 0.01 and _plausible(to_xyxy(truth.boxes) / np.tile(frame, 2)) > 0.9:
       yield Repair(
-        f"ground-truth boxes are {layout}",
+        f"ground-truth boxes are {layout} instead of xyxy",
         f"{percent(inverted)} of the {len(truth.video):,} annotated boxes have x1 > x2 or y1 > y2",
         lambda rows, to_xyxy=to_xyxy: rows._replace(boxes=to_xyxy(rows.boxes)),
         ("", _awk(program)),
@@ -342,8 +344,9 @@ def _plausible(boxes: np.ndarray) -> float:
 
 def _sizes(rows: Rows, truth: Rows, num_videos: int) -> Iterator[np.ndarray]:
   """Sizes by which the detections may have to be divided, ``[V + 1, 2]`` width and height; the last for others."""
-  whole = extent(rows.boxes) / np.maximum(extent(truth.boxes), 1e-6)
-  if (whole > 0.5).all() and (whole < 2).all():
+  found_extent, truth_extent = extent(rows.boxes), extent(truth.boxes)
+  whole = found_extent / np.maximum(truth_extent, 1e-6)
+  if max(found_extent.max(), truth_extent.max()) < 2 or ((whole > 0.5) & (whole < 2)).all():
     return
   yield np.tile(_usual(whole), (num_videos + 1, 1))
   each = np.tile(_usual(whole), (num_videos + 1, 1))
@@ -363,20 +366,24 @@ def _usual(size: np.ndarray) -> np.ndarray:
 def _boxes(bench: Bench, layout: str, sizes: np.ndarray | None) -> Repair:
   """The repair of a layout, of a unit (where sizes are given), or of both."""
   to_xyxy, program = _LAYOUTS[layout]
-  rows, truth = bench.found.rows, bench.truth.rows
+  found, truth = (file.rows.boxes[~np.isnan(file.rows.boxes[:, 0])] for file in (bench.found, bench.truth))
   names, evidence, advice, filters = [], [], "", ["", ""]
   if program:
-    names.append(f"boxes are {layout} instead of x1,y1,x2,y2")
-    evidence.append(_describe_layout(rows.boxes, truth.boxes))
+    names.append(f"boxes are {layout} instead of xyxy")
+    evidence.append(_describe_layout(found, truth))
     filters[0] = _awk(program)
   if sizes is not None:
-    values = rows.boxes if sizes[-1].max() > 1 else truth.boxes[~np.isnan(truth.boxes[:, 0])]
-    of_truth = bool(sizes[-1].max() < 1)
-    names.append(f"{'ground-truth boxes' if of_truth else 'boxes'} are in pixels instead of fractions of the frame")
-    above = percent(float(np.mean((values > 1).any(axis=1))))
-    evidence.append(f"{above} of {len(values):,} boxes have a coordinate above 1, the largest is {values.max():.6g}")
+    of_truth = bool(extent(found).max() < 2)
     width, height = 1 / sizes[-1] if of_truth else sizes[-1]
-    advice = f"frames seem to be {width:.5g} x {height:.5g} pixels; put in their real size where that is wrong"
+    boxes = truth if of_truth else found
+    above = percent(np.mean((boxes > 1).any(axis=1)))
+    evidence.append(f"{above} of {len(boxes):,} boxes have a coordinate above 1, the largest is {boxes.max():.6g}")
+    if not of_truth and extent(truth).max() > 2:
+      names.append("boxes are in pixels of other frames than the ground truth")
+      advice = f"their frames seem to be {width:.3g} times as wide and {height:.3g} times as high"
+    else:
+      names.append(f"{'ground-truth ' * of_truth}boxes are in pixels instead of normalised")
+      advice = f"frames seem to be {width:.5g} x {height:.5g} pixels; put in their real size where that is wrong"
     if (sizes == sizes[-1]).all():
       divide = _awk(f"$3/={width:.6g};$4/={height:.6g};$5/={width:.6g};$6/={height:.6g}")
       filters[of_truth] = " | ".join(filter(None, (filters[of_truth], divide)))
@@ -393,9 +400,9 @@ def _boxes(bench: Bench, layout: str, sizes: np.ndarray | None) -> Repair:
 
 
 def _describe_layout(boxes: np.ndarray, truth: np.ndarray) -> str:
-  """What makes one doubt that boxes are x1,y1,x2,y2."""
+  """What makes one doubt that boxes are xyxy."""
   inverted = float(np.mean((boxes[:, :2] >= boxes[:, 2:]).any(axis=1)))
-  if inverted > 0.01:
+  if inverted > 0.05:
     return f"{percent(inverted)} of {len(boxes):,} boxes have x1 >= x2 or y1 >= y2"
   aspects = [np.median((b[:, 2] - b[:, 0]) / np.maximum(b[:, 3] - b[:, 1], 1e-9)) for b in (boxes, truth)]
   return f"detected boxes are {aspects[0]:.2f} times as wide as high (median), annotated ones {aspects[1]:.2f} times"
@@ -413,26 +420,26 @@ def _repair_labels(bench: Bench) -> Iterator[Repair]:
   num, last = len(classes), max(classes[-1], truth[-1])
   ranges = f"detections have ids {found[0]} to {found[-1]}, annotations {truth[0]} to {truth[-1]}"
   contiguous = {index + 1: int(index_of) for index, index_of in enumerate(classes)}
+  off, mixed = "class ids are off by one", "80 and 60 classes are mixed up"
   if found[-1] < last:
-    yield _labels("class ids count from 0 instead of 1", ranges, 1)
+    yield _labels(off, f"they count from 0 instead of 1: {ranges}", 1)
   if found[0] >= 2:
-    yield _labels("class ids are one too high", ranges, -1)
+    yield _labels(off, f"they are one too high: {ranges}", -1)
   if truth[0] == 0:
-    yield _labels("class ids of the ground truth count from 0 instead of 1", ranges, 1, of_truth=True)
+    yield _labels(off, f"those of the ground truth count from 0 instead of 1: {ranges}", 1, of_truth=True)
   if num < classes[-1]:
-    mixed = f"{ranges}; the label map has {num} classes with ids up to {classes[-1]}"
+    ranges += f"; the label map has {num} classes with ids up to {classes[-1]}"
     if found[-1] <= num:
-      yield _labels(f"class ids are 1 to {num} instead of those of the label map", mixed, contiguous)
+      yield _labels(mixed, f"detections count the {num} classes from 1: {ranges}", contiguous)
     if found[-1] < num:
       shifted = {index - 1: index_of for index, index_of in contiguous.items()}
-      yield _labels(f"class ids are 0 to {num - 1} instead of those of the label map", mixed, shifted)
+      yield _labels(mixed, f"detections count the {num} classes from 0: {ranges}", shifted)
     if truth[-1] <= num < found[-1]:
-      name = f"class ids of the ground truth are 1 to {num} instead of those of the label map"
-      yield _labels(name, mixed, contiguous, of_truth=True)
+      yield _labels(mixed, f"annotations count the {num} classes from 1: {ranges}", contiguous, of_truth=True)
   scored = sorted(annotations.read_label_map("ava_60"))
-  if found[-1] > last and found[-1] <= 80 and last <= len(scored):
+  if last <= len(scored) < found[-1] <= 80:
     ranks = {index_of: index + 1 for index, index_of in enumerate(scored)}
-    yield _labels("class ids are AVA's of 1 to 80, the label map counts its 60 scored classes", ranges, ranks)
+    yield _labels(mixed, f"detections have AVA's ids of 80 classes, annotations count the 60 scored: {ranges}", ranks)
 
 
 def _labels(name: str, evidence: str, change: int | dict[int, int], *, of_truth: bool = False) -> Repair:
@@ -457,8 +464,8 @@ def _repair_scores(bench: Bench) -> Iterator[Repair]:
   scores = bench.found.rows.extra
   if len(scores) and np.nanmin(scores) < np.nanmax(scores):
     yield Repair(
-      "the best detections have the lowest scores",
-      f"scores run from {np.nanmin(scores):.4g} to {np.nanmax(scores):.4g}",
+      "scores are inverted",
+      f"the best detections have the lowest ones; they run from {np.nanmin(scores):.4g} to {np.nanmax(scores):.4g}",
       lambda rows: rows._replace(extra=-rows.extra),
       (_awk("$8=-$8"), ""),
       advice="scores may be distances, losses or 1 - probability",
