@@ -63,8 +63,7 @@ def test_a_time_is_covered_where_its_second_has_frames(source, tmp_path):
 
 def test_pieces_of_a_long_video_join_without_a_seam(source, tmp_path, monkeypatch):
   whole = build(source, tmp_path / "whole", "train", workers=1)
-  monkeypatch.setattr(records, "_PIECE_SECONDS", 1)
-  monkeypatch.setattr(records, "_RECORDS_PER_FILE", 3)
+  monkeypatch.setattr(records, "_SECONDS_PER_FILE", (1, 1))
   parts = build(source, tmp_path / "parts", "train", workers=3)
   assert (whole / "index.json").read_text() == (parts / "index.json").read_text()
   one, two = RecordFrames(whole), RecordFrames(parts)
@@ -123,16 +122,51 @@ def test_a_split_without_readable_videos_is_an_error(source, tmp_path):
     RecordFrames(tmp_path / "out")
 
 
-def test_nothing_is_left_of_a_build_that_was_stopped(source, tmp_path, monkeypatch):
-  def stop(*_, **__):
+def content(folder):
+  """All that a folder of records holds but times of writing."""
+  return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"} | {
+    "index": (folder / "index.json").read_text()
+  }
+
+
+def test_a_build_that_was_stopped_goes_on(source, tmp_path, monkeypatch):
+  monkeypatch.setattr(records, "_SECONDS_PER_FILE", (1, 1))
+  expected = content(build(source, tmp_path / "whole", "train"))
+  encode, encoded = records._Encoder.jpeg, []
+
+  def stop_after_30(self, picture, size):
+    if len(encoded) == 30:
+      raise KeyboardInterrupt
+    encoded.append(picture)
+    return encode(self, picture, size)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(records._Encoder, "jpeg", stop_after_30)
+    with pytest.raises(KeyboardInterrupt):
+      build(source, tmp_path / "out", "train", workers=1)
+  assert not (tmp_path / "out" / "train").exists()
+  written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / ".train.part").glob("*array_record*")}
+  with monkeypatch.context() as patch:
+    patch.setattr(records, "_end", lambda source: pytest.fail("videos are checked again"))
+    folder = build(source, tmp_path / "out", "train")
+  assert content(folder) == expected
+  kept = [
+    name for name, time in written.items() if (folder / name).exists() and (folder / name).stat().st_mtime_ns == time
+  ]
+  assert len(kept) == 3  # the seconds 0 to 2 of the first video
+  assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
+
+
+def test_a_stopped_build_with_other_settings_starts_anew(source, tmp_path, monkeypatch):
+  def stop(*_):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(records, "_encode", stop)
+    patch.setattr(records, "_write_file", stop)
     with pytest.raises(KeyboardInterrupt):
       build(source, tmp_path / "out", "train")
-  assert not list((tmp_path / "out").iterdir())
-  RecordFrames(build(source, tmp_path / "out", "train"))
+  frames = RecordFrames(build(source, tmp_path / "out", "train", short_side=24)).frames("steady", [1.2])
+  assert frames.shape == (1, 24, 40, 3)
 
 
 def test_records_travel_to_other_processes(source, tmp_path):

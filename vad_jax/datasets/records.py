@@ -1,5 +1,4 @@
-"""Records of video frames: mp4 files become ArrayRecord files of one second each, and clips come back out of
-them.
+"""Records of video frames: videos become ArrayRecord files of one second each, and clips come back out of them.
 
 A record holds the frames of one second of one video as JPEGs with their presentation times, so that a clip
 touches few records and nothing is stored twice. Annotations stay in a table beside them: new labels need no
@@ -11,31 +10,110 @@ new encoding.
 
 import bisect
 import collections
-import functools
+import contextlib
+import errno
+import fcntl
 import itertools
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from vad_jax import progress
-from vad_jax.datasets.video import PathLike, VideoError, VideoReader, nearest, probe, video_files
+from vad_jax.datasets.frame_folder import FrameFolder, baseline_size, decode, numbered_images
+from vad_jax.datasets.video import PathLike, VideoError, VideoReader, nearest, video_files
 
 logger = logging.getLogger(__name__)
 
-# A long video is decoded in pieces of this many seconds, so that memory stays flat and all cores have work.
-_PIECE_SECONDS = 30
-_RECORDS_PER_FILE = 1000  # some hundred MB
+# Files are what workers share out and what a restart keeps: enough of them for many cores, none above some hundred MB.
+_FILES = 64
+_SECONDS_PER_FILE = (30, 1000)  # at least, at most
+_UNKNOWN_DURATION = 60.0  # guess for a video that does not say how long it is
 _INDEX = "index.json"
+_PLAN = "plan.json"
+_FEATURES = tfds.features.FeaturesDict(
+  {
+    "video": tfds.features.Text(),
+    "second": np.int32,
+    "times": tfds.features.Tensor(shape=(None,), dtype=np.float64),
+    "frames": tfds.features.Sequence(tfds.features.Text()),
+    "height": np.int32,
+    "width": np.int32,
+  }
+)
+
+
+class Source(NamedTuple):
+  """Where the frames of a video come from.
+
+  Attributes:
+    path: a video file, or a folder of numbered images (see `frame_folder`).
+    offset: what time, in seconds, annotations give its first frame.
+    start: second of it from which on frames are taken, whole.
+    stop: second of it up to which frames are taken, whole or infinite.
+    fps: images a second of a folder.
+    prefix: what stands before the number in the names of a folder's images.
+  """
+
+  path: Path
+  offset: int = 0
+  start: int = 0
+  stop: float = math.inf
+  fps: float = 0.0
+  prefix: str = ""
+
+  def open(self) -> VideoReader | FrameFolder:
+    """Opens the video.
+
+    Raises:
+      VideoError: nothing of it can be read.
+    """
+    if self.fps:
+      return FrameFolder(self.path, fps=self.fps, prefix=self.prefix)
+    return VideoReader(self.path, threads=1)
+
+  def fingerprint(self) -> list[Any]:
+    """What changes when the video does: its bytes or the numbers of its images, and how it is read."""
+    numbers = list(numbered_images(self.path, self.prefix)) if self.fps and self.path.is_dir() else []
+    size = self.path.stat().st_size if self.path.is_file() else 0
+    return [size, len(numbers), *numbers[:1], *numbers[-1:], self.offset, self.start, str(self.stop), self.fps]
+
+
+class _Encoder(NamedTuple):
+  """How frames become JPEGs: shrunk to this short side where it is given and they are larger, in this quality."""
+
+  short_side: int | None
+  quality: int
+
+  def size(self, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the JPEGs of a video."""
+    scale = min(1.0, self.short_side / min(height, width)) if self.short_side else 1.0
+    return round(height * scale), round(width * scale)
+
+  def jpeg(self, picture: np.ndarray | bytes, size: tuple[int, int]) -> bytes | None:
+    """The JPEG of an RGB picture or of an image file; None where the file is damaged."""
+    if isinstance(picture, bytes):
+      if baseline_size(picture) == size:
+        return picture
+      image = decode(picture)
+      if image is None:
+        return None
+    else:
+      image = picture[..., ::-1]
+    if image.shape[:2] != size:
+      image = cv2.resize(np.ascontiguousarray(image), size[::-1], interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, self.quality])[1].tobytes()
 
 
 def build(
@@ -47,14 +125,49 @@ def build(
   short_side: int | None = None,
   quality: int = 95,
 ) -> Path:
-  """Turns the videos of one split into records; does nothing where that has been done.
-
-  Videos that cannot be read are logged, listed in ``problems.json`` beside the records and left out.
+  """Turns the videos of one split of a set into records, as `build_from` does.
 
   Args:
-    source_dir: holds ``videos/<split>/<video>.mp4`` (or another suffix of a video).
-    output_dir: where records go; a folder below it appears when it is complete.
+    source_dir: holds ``videos/<split>/<video>.mp4`` (or another suffix of a video). Records that are there are taken
+      as they are where it holds none.
+    output_dir: see `build_from`, as are the others.
     split: name of the split.
+    workers: threads.
+    short_side: of the frames.
+    quality: of the JPEGs.
+
+  Raises:
+    VideoError: there are no videos, or none of them can be read.
+  """
+  folder = Path(source_dir) / "videos" / split
+  files = video_files(folder) if folder.is_dir() else {}
+  if not files:
+    if (Path(output_dir) / split / _INDEX).is_file():
+      return Path(output_dir) / split
+    raise VideoError(f"{folder}: no videos here; expected <video>.mp4 files")
+  sources = {video: Source(path) for video, path in files.items()}
+  return build_from(sources, output_dir, split, workers=workers, short_side=short_side, quality=quality)
+
+
+def build_from(
+  sources: Mapping[str, Source],
+  output_dir: PathLike,
+  split: str,
+  *,
+  workers: int | None = None,
+  short_side: int | None = None,
+  quality: int = 95,
+) -> Path:
+  """Turns videos into records; does nothing where that has been done, and goes on where it was stopped.
+
+  Frames are encoded as JPEG; baseline JPEGs of a folder of images that keep their size are copied as they are. Videos
+  that cannot be read are logged, listed in ``problems.json`` beside the records and left out, images that cannot be
+  decoded are counted there.
+
+  Args:
+    sources: name of each video and where its frames are.
+    output_dir: where records go; a folder below it appears when it is complete.
+    split: name of that folder.
     workers: threads that decode and encode; by default one for each core.
     short_side: shrink frames to this short side in pixels, where they are larger.
     quality: of the JPEGs, 1 to 100.
@@ -63,118 +176,232 @@ def build(
     The folder of the records, for `RecordFrames`.
 
   Raises:
-    VideoError: there are no videos, or none of them can be read.
+    VideoError: none of the videos can be read, or the disk is full.
   """
-  source = Path(source_dir) / "videos" / split
-  folder = Path(output_dir) / split
-  files = video_files(source) if source.is_dir() else {}
-  sizes = {video: path.stat().st_size for video, path in files.items()}
-  made_from = {"short_side": short_side, "quality": quality, "bytes": sizes}
-  if (folder / _INDEX).is_file():
-    if not files or json.loads((folder / _INDEX).read_text())["made_from"] == made_from:
-      return folder
-    logger.warning("%s: videos or settings have changed, building the records again", folder)
-  if not files:
-    raise VideoError(f"{source}: no videos here; expected <video>.mp4 files")
-  partial = folder.with_name(f".{split}.{os.getpid()}.part")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  try:
-    encode = functools.partial(_encode, short_side=short_side, quality=quality)
-    seconds = _write(partial, split, files, encode, workers or os.cpu_count() or 1)
-    index = {"split": split, "made_from": made_from, "seconds": seconds}
-    (partial / _INDEX).write_text(json.dumps(index))
+  folder, workers = Path(output_dir) / split, workers or os.cpu_count() or 1
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with ThreadPoolExecutor(workers) as pool:
+    prints = list(pool.map(Source.fingerprint, sources.values()))
+  made_from = {"short_side": short_side, "quality": quality, "sources": dict(zip(sources, prints, strict=True))}
+  with _alone(folder.with_name(f".{split}.lock")):
+    if (folder / _INDEX).is_file():
+      if json.loads((folder / _INDEX).read_text())["made_from"] == made_from:
+        return folder
+      logger.warning("%s: videos or settings have changed, building the records again", folder)
+    partial = folder.with_name(f".{split}.part")
+    plan = _plan(partial, split, made_from, sources, workers)
+    try:
+      files = _write_files(partial, split, plan, sources, _Encoder(short_side, quality), workers)
+      _finish(partial, split, plan, files)
+    except (OSError, RuntimeError) as error:  # the writer's own errors are of the second kind
+      if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+        raise VideoError(f"{partial}: the disk is full; make room, and the same call goes on from here") from None
+      raise
     if folder.exists():
       shutil.rmtree(folder)
     partial.rename(folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
   return folder
 
 
-def _write(
-  folder: Path, split: str, files: dict[str, Path], encode: Callable[..., Any], workers: int
-) -> dict[str, list[int]]:
-  """Writes records and the list of problems; returns the seconds of each video, as its records follow."""
-  features = {
-    "video": tfds.features.Text(),
-    "second": np.int32,
-    "times": tfds.features.Tensor(shape=(None,), dtype=np.float64),
-    "frames": tfds.features.Sequence(tfds.features.Text()),
-    "height": np.int32,
-    "width": np.int32,
-  }
-  identity = tfds.core.DatasetIdentity("video_seconds", tfds.core.Version("1.0.0"), str(folder), __name__)
-  info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
-  # Not a GeneratorBasedBuilder: that would first collect all records in memory and temporary files.
-  writer = tfds.core.SequentialWriter(info, _RECORDS_PER_FILE, file_format="array_record")
-  writer.initialize_splits([split])
-  seconds = collections.defaultdict(list)
-  broken = collections.Counter()
-  with ThreadPoolExecutor(workers) as pool:
-    probes = dict(zip(files, pool.map(probe, files.values()), strict=True))
-    unreadable = {video: str(error) for video, (_, error) in probes.items() if error}
-    for error in unreadable.values():
-      logger.warning("left out: %s", error)
-    if len(unreadable) == len(files):
-      raise VideoError(f"{next(iter(unreadable.values()))} (as all {len(files)} videos of the split {split!r})")
-    pieces = [
-      (video, files[video], *piece)
-      for video, (duration, error) in probes.items()
-      if not error
-      for piece in _pieces(duration)
-    ]
-    with progress.bar(f"Encoding {split} records", len(pieces)) as advance:
-      for video, records, lost in _ordered(pool, encode, pieces, workers + 2):
-        writer.add_examples({split: records})
-        seconds[video].extend(record["second"] for record in records)
-        broken[video] += lost
-        advance()
-  writer.close_all()
-  problems = {"unreadable": unreadable, "broken_frames": {video: n for video, n in broken.items() if n}}
-  (folder / "problems.json").write_text(json.dumps(problems, indent=2))
-  return seconds
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+  """Waits until no other process is inside; the system opens the lock however a process ends."""
+  with open(lock, "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      logger.warning("%s: another process makes these records, waiting for it", lock.parent)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+    lock.unlink(missing_ok=True)
 
 
-def _encode(
-  piece: tuple[str, Path, float, float], *, short_side: int | None, quality: int
-) -> tuple[str, list[dict[str, Any]], int]:
-  """The video, its records of one piece, and the number of frames that were broken in it."""
-  video, path, start, stop = piece
-  records: list[dict[str, Any]] = []
-  with VideoReader(path, threads=1) as reader:
-    height, width = reader.size
-    scale = min(1.0, short_side / min(height, width)) if short_side else 1.0
-    size = {"height": round(height * scale), "width": round(width * scale)}
-    for time, frame in reader.read(start, stop):
-      if scale < 1:
-        frame = cv2.resize(frame, (size["width"], size["height"]), interpolation=cv2.INTER_AREA)
-      jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-      if not records or records[-1]["second"] != int(time):
-        records.append({"video": video, "second": int(time), "times": [], "frames": [], **size})
-      records[-1]["times"].append(time)
-      records[-1]["frames"].append(jpeg)
-    return video, records, reader.broken
+def _plan(
+  partial: Path, split: str, made_from: dict[str, Any], sources: Mapping[str, Source], workers: int
+) -> dict[str, Any]:
+  """What goes into which file; a plan for the same records that was left behind is kept with its files."""
+  if (partial / _PLAN).is_file():
+    plan = json.loads((partial / _PLAN).read_text())
+    if plan["made_from"] == made_from:
+      return plan
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir()
+  ends: dict[str, float] = {}
+  unreadable: dict[str, str] = {}
+  with ThreadPoolExecutor(workers) as pool, progress.bar(f"Checking {split} videos", len(sources)) as advance:
+    for video, end in zip(sources, pool.map(_end, sources.values()), strict=True):
+      if isinstance(end, VideoError):
+        logger.warning("left out: %s", end)
+        unreadable[video] = str(end)
+      else:
+        ends[video] = end
+      advance()
+  if not ends:
+    first = next(iter(unreadable.values()), "there are none")
+    raise VideoError(f"{first} (as all {len(sources)} videos of the split {split!r})")
+  plan = {"made_from": made_from, "unreadable": unreadable, "files": _deal(ends, sources)}
+  _write_json(partial / _PLAN, plan)
+  return plan
 
 
-def _pieces(duration: float | None) -> list[tuple[float, float]]:
-  starts = [float(start) for start in range(0, max(math.ceil(duration or 0), 1), _PIECE_SECONDS)]
-  return list(zip(starts, [*starts[1:], math.inf], strict=True))  # the end, as files say, may be too early
-
-
-def _ordered(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-  """Like ``pool.map``, but with no more than `ahead` results waiting in memory."""
-  waiting: collections.deque[Future] = collections.deque()
+def _end(source: Source) -> float | VideoError:
+  """At which second a video ends, as far as it tells, or why it cannot be read."""
   try:
-    for item in items:
-      waiting.append(pool.submit(function, item))
-      if len(waiting) >= ahead:
-        yield waiting.popleft().result()
-    while waiting:
-      yield waiting.popleft().result()
-  finally:
-    for future in waiting:
-      future.cancel()
+    with source.open() as reader:
+      end = reader.duration or source.start + _UNKNOWN_DURATION
+  except VideoError as error:
+    return error
+  if end <= source.start:
+    return VideoError(f"{source.path}: ends after {end:.1f} s; needed from second {source.start} on")
+  return min(end, source.stop)
+
+
+def _deal(ends: dict[str, float], sources: Mapping[str, Source]) -> list[dict[str, Any]]:
+  """Cuts videos into pieces (video, from second, to second) and deals them to files, in order."""
+  total = sum(end - sources[video].start for video, end in ends.items())
+  limit = int(min(max(total / _FILES, _SECONDS_PER_FILE[0]), _SECONDS_PER_FILE[1]))
+  files: list[dict[str, Any]] = []
+  for video, end in ends.items():
+    starts = range(sources[video].start, math.ceil(end), limit)
+    # The end, as videos tell it, may be too early.
+    for start, stop in zip(starts, [*starts[1:], sources[video].stop], strict=True):
+      seconds = math.ceil(min(stop, end) - start)
+      if not files or files[-1]["seconds"] + seconds > limit:
+        files.append({"seconds": 0, "pieces": []})
+      files[-1]["pieces"].append((video, start, stop))
+      files[-1]["seconds"] += seconds
+  return files
+
+
+def _write_files(
+  partial: Path, split: str, plan: dict[str, Any], sources: Mapping[str, Source], encoder: _Encoder, workers: int
+) -> list[dict[str, Any]]:
+  """Writes the files that are not there yet; returns what each holds."""
+  files, template = plan["files"], _template(partial, split)
+  paths = [Path(template.sharded_filepath(shard_index=i, num_shards=len(files))) for i in range(len(files))]
+  there = sum(file["seconds"] for file, path in zip(files, paths, strict=True) if _contents(path).is_file())
+  total = sum(file["seconds"] for file in files)
+  stopped, lock = threading.Event(), threading.Lock()
+  with ThreadPoolExecutor(workers) as pool, progress.bar(f"Encoding {split} records", total, start=there) as advance:
+
+    def count(seconds: int) -> None:
+      if stopped.is_set():
+        raise CancelledError
+      with lock:
+        advance(seconds)
+
+    futures = [
+      pool.submit(_write_file, path, file, sources, encoder, count) for path, file in zip(paths, files, strict=True)
+    ]
+    try:
+      for future in as_completed(futures):
+        future.result()
+    finally:
+      stopped.set()
+      pool.shutdown(cancel_futures=True)
+  return [future.result() for future in futures]
+
+
+def _write_file(
+  path: Path, file: dict[str, Any], sources: Mapping[str, Source], encoder: _Encoder, count: Callable[[int], None]
+) -> dict[str, Any]:
+  """Writes one file of records, if it is not there; returns what it holds, which is kept beside it for a restart."""
+  if _contents(path).is_file():
+    return json.loads(_contents(path).read_text())
+  seconds: dict[str, list[int]] = {}
+  unreadable: dict[str, str] = {}
+  broken: collections.Counter[str] = collections.Counter()
+  length, num_bytes = 0, 0
+  with contextlib.closing(ArrayRecordWriter(os.fspath(path), "group_size:1")) as writer:
+    for video, start, stop in file["pieces"]:
+      try:
+        for record in _records(video, sources[video], start, stop, encoder, broken):
+          data = _FEATURES.serialize_example(record)
+          writer.write(data)
+          seconds.setdefault(video, []).append(record["second"])
+          length, num_bytes = length + 1, num_bytes + len(data)
+          count(min(1, file["seconds"] - length))  # not more than was announced
+      except VideoError as error:
+        logger.warning("left out: %s", error)
+        unreadable[video] = str(error)
+  contents = {
+    "length": length, "bytes": num_bytes, "seconds": seconds, "broken_frames": +broken, "unreadable": unreadable,
+  }  # fmt: skip
+  _write_json(_contents(path), contents)
+  count(max(file["seconds"] - length, 0))
+  return contents
+
+
+def _records(
+  video: str, source: Source, start: int, stop: float, encoder: _Encoder, broken: collections.Counter[str]
+) -> Iterator[dict[str, Any]]:
+  """The records of a piece of a video; counts frames that are damaged or missing."""
+  record: dict[str, Any] | None = None
+  with source.open() as reader:
+    height, width = encoder.size(*reader.size)
+    for time, picture in reader.read(start, stop):
+      jpeg = encoder.jpeg(picture, (height, width))
+      if jpeg is None:
+        broken[video] += 1
+        continue
+      second = int(time) + source.offset
+      if record is None or record["second"] != second:
+        if record is not None:
+          yield record
+        record = {"video": video, "second": second, "times": [], "frames": [], "height": height, "width": width}
+      record["times"].append(time + source.offset)
+      record["frames"].append(jpeg)
+    broken[video] += reader.broken
+  if record is not None:
+    yield record
+
+
+def _finish(partial: Path, split: str, plan: dict[str, Any], files: list[dict[str, Any]]) -> None:
+  """Writes what describes the records, and removes what was for a restart only."""
+  seconds: dict[str, list[int]] = collections.defaultdict(list)
+  broken: collections.Counter[str] = collections.Counter()
+  unreadable = dict(plan["unreadable"])
+  for file in files:
+    for video, found in file["seconds"].items():
+      seconds[video].extend(found)
+    broken.update(file["broken_frames"])
+    unreadable.update(file["unreadable"])
+  if not seconds:
+    raise VideoError(f"{partial}: no frame of {len(plan['made_from']['sources'])} videos can be decoded")
+  identity = tfds.core.DatasetIdentity("video_seconds", tfds.core.Version("1.0.0"), str(partial), __name__)
+  info = tfds.core.DatasetInfo(builder=identity, features=_FEATURES, disable_shuffling=True)
+  info.set_file_format("array_record")
+  lengths, num_bytes = [file["length"] for file in files], sum(file["bytes"] for file in files)
+  template = _template(partial, split)
+  info.set_splits(
+    tfds.core.SplitDict(
+      [tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)]
+    )
+  )
+  info.write_to_directory(partial)
+  _write_json(partial / "problems.json", {"unreadable": unreadable, "broken_frames": broken})
+  _write_json(partial / _INDEX, {"split": split, "made_from": plan["made_from"], "seconds": seconds})
+  for contents in partial.glob("*.contents.json"):
+    contents.unlink()
+  (partial / _PLAN).unlink()
+
+
+def _template(folder: Path, split: str) -> tfds.core.ShardedFileTemplate:
+  data_dir: Any = folder
+  return tfds.core.ShardedFileTemplate(
+    dataset_name="video_seconds", data_dir=data_dir, split=split, filetype_suffix="array_record"
+  )
+
+
+def _contents(path: Path) -> Path:
+  return path.with_name(f"{path.name}.contents.json")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+  """Writes a file that appears when it is complete."""
+  part = path.with_name(f".{path.name}.part")
+  part.write_text(json.dumps(content, indent=2 if path.name == "problems.json" else None))
+  part.replace(path)
 
 
 class RecordFrames:

@@ -32,7 +32,7 @@ PathLike = str | os.PathLike[str]
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
+SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 # Wanted frames further apart than this are worth a seek; closer ones are reached sooner by decoding on.
 _SEEK_AHEAD = 10.0
 # Most failures in a row to read from a damaged file before the rest of it is given up.
@@ -68,7 +68,7 @@ def video_files(folder: PathLike) -> dict[str, Path]:
   """
   files: dict[str, Path] = {}
   for path in sorted(Path(folder).iterdir()):
-    if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."):
+    if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
       if path.stem in files:
         raise VideoError(f"{path}: the video {path.stem!r} is also there as {files[path.stem].name}; delete one")
       files[path.stem] = path
