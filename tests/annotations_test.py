@@ -1,5 +1,8 @@
 """AVA-format files: what is read back, and what is said about bad ones."""
 
+import itertools
+import json
+
 import numpy as np
 import pytest
 
@@ -30,6 +33,53 @@ def test_reads_an_empty_file(tmp_path):
   rows = annotations.read_ava_csv(_write(tmp_path, ""))
   assert rows.boxes.shape == (0, 4)
   assert annotations.keyframes(rows, 80) == []
+
+
+def test_parts_of_a_file_hold_whole_keyframes(tmp_path, monkeypatch):
+  monkeypatch.setattr(annotations, "_CHUNK", 100)
+  text = "".join(f"clip,{900 + row // 7},0,0,1,1,1,{row}\n" for row in range(50))
+  path = _write(tmp_path, text)
+  parts = list(annotations.iterate_ava_csv(path))
+  assert len(parts) > 3
+  assert all(a.timestamp[-1] < b.timestamp[0] for a, b in itertools.pairwise(parts))
+  rows = annotations.read_ava_csv(path)
+  assert rows.extra.tolist() == list(range(50))
+  assert rows.timestamp.tolist() == [900 + row // 7 for row in range(50)]
+  monkeypatch.setattr(annotations, "_CHUNK", 1)
+  apart = _write(tmp_path, "a,1,0,0,1,1,1,5\nb,1\na,1,0,0,1,1,1,6\n")
+  assert [part.extra.tolist() for part in annotations.iterate_ava_csv(apart)] == [[5], [1], [6]]
+
+
+def test_excluded(tmp_path):
+  assert annotations.read_excluded(_write(tmp_path, "a,0902\nb,3\n\n")) == {("a", 902.0), ("b", 3.0)}
+  with pytest.raises(AnnotationError, match=r"rows.csv: a row holds a box"):
+    annotations.read_excluded(_write(tmp_path, _GOOD))
+  with pytest.raises(AnnotationError, match=r"rows.csv:2: 1 columns"):
+    annotations.read_excluded(_write(tmp_path, "a,0902\nb\n"))
+
+
+def test_detections_of_predict(tmp_path):
+  actions = [{"id": 12, "name": "stand", "score": 0.7}, {"id": 1, "name": "bend", "score": 0.5}]
+  actors = [
+    {"box": [0, 0, 0.5, 1], "score": 0.9, "actions": actions},
+    {"box": [0, 0, 1, 1], "score": 0.2, "actions": []},
+  ]
+  content = {"video": "/some/cl,ip.mp4", "keyframes": [{"time": 0.5, "actors": actors}, {"time": 1.5, "actors": []}]}
+  rows, persons = annotations.read_detections_json(_write(tmp_path, json.dumps(content)))
+  assert rows.video.tolist() == ["cl_ip"] * 2
+  assert rows.timestamp.tolist() == [0.5, 0.5]
+  assert rows.action.tolist() == [12, 1]
+  assert rows.extra.tolist() == [0.7, 0.5]
+  assert persons.extra.tolist() == [0.9, 0.2]
+  assert persons.boxes.tolist() == [[0, 0, 0.5, 1], [0, 0, 1, 1]]
+  for bad, complaint in [
+    ({"video": "a"}, "'keyframes' is missing"),
+    ([], "not detections of vad_jax.predict"),
+    (content | {"keyframes": [{"time": "x", "actors": actors}]}, "could not convert string to float"),
+    (content | {"keyframes": [{"time": 1, "actors": [{"box": [1, 2], "score": 1, "actions": []}]}]}, "reshape"),
+  ]:
+    with pytest.raises(AnnotationError, match=complaint):
+      annotations.read_detections_json(_write(tmp_path, json.dumps(bad)))
 
 
 def test_byte_order_mark_is_no_part_of_the_name(tmp_path):
@@ -127,9 +177,19 @@ def test_label_map_survives_writing(tmp_path):
   assert list(back) == [1, 12, 80]
 
 
+def test_label_maps_of_ava():
+  some, everything = annotations.read_label_map("ava_60"), annotations.read_label_map("ava_80")
+  assert len(some) == 60
+  assert list(everything) == list(range(1, 81))
+  assert some.items() <= everything.items()
+  assert everything[71] == "kick (a person)"
+
+
 def test_label_map_forms(tmp_path):
   text = 'item { name: "a" id: 1 }\nitem {\n  label_id: 2\n  name: "b"\n}\n'
   assert annotations.read_label_map(_write(tmp_path, text)) == {1: "a", 2: "b"}
+  text = 'label {\n  name: "c"\n  label_id: 3\n  label_type: PERSON_MOVEMENT\n}\n'
+  assert annotations.read_label_map(_write(tmp_path, text)) == {3: "c"}
 
 
 @pytest.mark.parametrize(

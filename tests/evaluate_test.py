@@ -1,5 +1,10 @@
 """Evaluation: rows from detections, fillers, order, thresholds."""
 
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -100,3 +105,65 @@ def test_ground_truth_keeps_person_ids() -> None:
   rows = ground_truth_rows(Set().keyframes[2:3])
   assert rows.extra.tolist() == [0, 1, 1, 1]
   assert rows.video.tolist() == ["a"] * 4
+
+
+# What each of two processes runs: its share of the batches, with fillers at their ends.
+_PROCESS = """
+import pickle, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+rank, port, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
+from tests import evaluate_test
+result = evaluate_test.run_compiled([[[0, 1], [4, -1]], [[2, 3], [-1, -1]]][rank])
+with open(path, "wb") as file:
+  pickle.dump([result.metrics, *map(tuple, result[2:])], file)
+"""
+
+
+def run_compiled(keys: list[list[int]]) -> Evaluation:
+  """Scores detections that hash their keyframe's key; all processes take part, with one device each."""
+
+  @jax.jit
+  def predict(batch: Any) -> Detections:
+    def hashed(*shape: int) -> jax.Array:  # fractions that no order of sums and no compiler rounds
+      numbers = batch["key"][:, None] * 389 + np.arange(np.prod(shape)) * 577
+      return (numbers % 1024).reshape(-1, *shape) / 1024
+
+    near, anywhere = BOXES[None, :1] + hashed(1, 4) / 64, hashed(3, 2) / 2
+    boxes = jax.numpy.concatenate([near, jax.numpy.concatenate([anywhere, anywhere + 0.375], axis=2)], axis=1)
+    return Detections(boxes, hashed(4), hashed(4, 3), jax.numpy.ones((len(boxes), 4), bool))
+
+  mesh = sharding.make_mesh({"data": -1}, jax.devices()[: jax.process_count()])
+  result = evaluate(predict, Set(), batches(keys), LABEL_MAP, mesh=mesh)
+  assert result is not None
+  return result
+
+
+def test_two_processes_score_as_one(tmp_path: Path) -> None:
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", _PROCESS, str(rank), str(port), str(tmp_path / f"{rank}.pkl")],
+      cwd=Path(__file__).parents[1],
+      stderr=subprocess.PIPE,
+    )
+    for rank in range(2)
+  ]
+  try:
+    errors = [process.communicate(timeout=60)[1].decode() for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [process.returncode for process in processes] == [0, 0], errors
+  one = run_compiled([[0], [1], [2], [3], [4]])
+  assert 0 < one.metrics["frame_map_50"] < 1
+  for rank in range(2):
+    metrics, *tables = pickle.loads((tmp_path / f"{rank}.pkl").read_bytes())
+    assert metrics == one.metrics
+    for actual, expected in zip(tables, one[2:], strict=True):
+      for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -276,8 +276,12 @@ def test_mmaction2_rounds_to_single_precision():
 def test_inverted_detections():
   truth, found = _rows(("a", 1, _LEFT, 1, 0)), _rows(("clip", 1, _LEFT, 1, 1), ("a", 1, _LEFT[::-1], 1, 0.9))
   assert frame_map(truth, found, _LABELS).tally["empty"] == 1
-  with pytest.raises(ValueError, match=r"detection .*a at 1 s.*inverted"):
-    frame_map(truth, found, _LABELS, protocol="mmaction2")
+  unscored = found.select(np.array([1, 1]))._replace(
+    video=np.array(["a", "b"], object), action=np.array([9, 1], np.int32)
+  )
+  assert np.isnan(frame_map(truth, unscored, _LABELS, protocol="mmaction2").mean_ap)
+  with pytest.raises(ValueError, match=r"detection in row 2 \(a at 1 s\).*inverted"):
+    frame_map(truth, _parts(found, 1), _LABELS, protocol="mmaction2")
 
 
 def test_unknown_protocol():
@@ -381,12 +385,12 @@ def test_average_precision_takes_the_envelope():
     (
       ("a", 1, _LEFT, 1, 0),
       ("clip", 7, _LEFT, 1, np.nan),
-      r"detection 1 of 1 \(clip at 7 s\): the score is NaN",
+      r"detection in row 1 \(clip at 7 s\): the score is NaN",
     ),
     (
       ("clip", 7, (0.5, 0, 0.4, 1), 1, 0),
       ("a", 1, _LEFT, 1, 1),
-      r"annotation 1 of 1 \(clip at 7 s\).*inverted",
+      r"annotation in row 1 \(clip at 7 s\).*inverted",
     ),
     (("a", 1, _LEFT, 70, 0), ("a", 1, _LEFT, 1, 1), "no annotation has a class of the label map"),
     (("a", 1, None, 0, 0), ("a", 1, _LEFT, 1, 1), "no annotation has a class of the label map"),

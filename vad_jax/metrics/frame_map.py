@@ -141,7 +141,7 @@ def frame_maps(
   if rules is None:
     raise ValueError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
   _check_ious(*ious)
-  _check_boxes("annotation", ground_truth)
+  _check_boxes("annotation", ground_truth, np.flatnonzero(ground_truth.action))
   truth = _Truth(ground_truth, label_map, rules, excluded)
   # Bytes of scores and of what is right by class: buffers that grow without being copied.
   found = {index: (bytearray(), bytearray()) for index in truth.num_boxes}
@@ -151,8 +151,6 @@ def frame_maps(
     order = in_order(rows, rank, ranking, rules.order, MAX_ROWS)
     if rules.drops_empty:
       order = order[has_area(rows.boxes[order])]
-    else:
-      _check_boxes("detection", rows)
     action, score = rows.action[order], rows.extra[order].astype(rules.dtype)
     group = keyframe[order] * truth.num_groups + action
     overlap, box = best_overlaps(truth.group, truth.boxes, group, rows.boxes[order].astype(rules.dtype))
@@ -179,7 +177,7 @@ def person_ap(ground_truth: Rows, detections: Rows, *, iou: float = 0.5) -> floa
     ValueError: a score is NaN, an annotated box is inverted, or there is no annotated box.
   """
   _check_ious(iou)
-  _check_boxes("annotation", ground_truth)
+  _check_boxes("annotation", ground_truth, np.flatnonzero(ground_truth.action))
   _check_scores(detections)
   truth_keyframe, keyframe = keyframe_ids(ground_truth, detections)
   people = np.column_stack([truth_keyframe, ground_truth.boxes])[ground_truth.action > 0]
@@ -372,8 +370,9 @@ def _blocks(
   """
   classes, tally = list(truth.num_boxes), truth.tally
   seen: set[int] = set()
+  rows_before = 0
   for rows in (detections,) if isinstance(detections, Rows) else detections:
-    _check_scores(rows)
+    _check_scores(rows, rows_before)
     index = np.flatnonzero(np.isin(rows.action, classes))
     tally["other_classes"] += len(rows.action) - len(index)
     keyframe = truth.number(rows.video[index], _microseconds(rows.timestamp[index]))
@@ -385,6 +384,9 @@ def _blocks(
     truth.unknown_videos.update(set(rows.video[index[unannotated]].tolist()) - truth.videos)
     keep = ~excluded & ((keyframe < truth.num_known) | rules.scores_unannotated)
     index, keyframe = index[keep], keyframe[keep]
+    if not rules.drops_empty:
+      _check_boxes("detection", rows, index, rows_before)
+    rows_before += len(rows.action)
     if not len(index):
       continue
     present, first, inverse = np.unique(keyframe, return_index=True, return_inverse=True)
@@ -450,22 +452,22 @@ def _check_ious(*ious: float) -> None:
       raise ValueError(f"iou is {iou}; expected a fraction in (0, 1]")
 
 
-def _check_scores(rows: Rows) -> None:
+def _check_scores(rows: Rows, rows_before: int = 0) -> None:
   bad = np.flatnonzero(np.isnan(rows.extra))
   if len(bad):
-    raise ValueError(f"{_name_row('detection', rows, bad[0])}: the score is NaN")
+    raise ValueError(f"{_name_row('detection', rows, bad[0], rows_before)}: the score is NaN")
 
 
-def _check_boxes(kind: str, rows: Rows) -> None:
-  x1, y1, x2, y2 = rows.boxes.T
-  bad = np.flatnonzero((x1 > x2) | (y1 > y2))
+def _check_boxes(kind: str, rows: Rows, index: np.ndarray, rows_before: int = 0) -> None:
+  x1, y1, x2, y2 = rows.boxes[index].T
+  bad = index[(x1 > x2) | (y1 > y2)]
   if len(bad):
-    box = rows.boxes[bad[0]].tolist()
-    raise ValueError(f"{_name_row(kind, rows, bad[0])}: {box} is inverted; expected x1,y1,x2,y2")
+    place = _name_row(kind, rows, bad[0], rows_before)
+    raise ValueError(f"{place}: box {rows.boxes[bad[0]].tolist()} is inverted; expected x1,y1,x2,y2")
 
 
-def _name_row(kind: str, rows: Rows, index: int) -> str:
-  return f"{kind} {index + 1} of {len(rows.video)} ({rows.video[index]} at {rows.timestamp[index]:g} s)"
+def _name_row(kind: str, rows: Rows, index: int, rows_before: int) -> str:
+  return f"{kind} in row {rows_before + index + 1} ({rows.video[index]} at {rows.timestamp[index]:g} s)"
 
 
 def _microseconds(seconds: np.ndarray) -> np.ndarray:
