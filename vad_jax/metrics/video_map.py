@@ -337,7 +337,7 @@ def _average_precisions(
     precision, recall = hits / (place + 1), hits / total
     if protocol == "act":
       before = np.where(place > 0, (hits - 1) / np.maximum(place, 1), 1)  # precision one detection earlier
-      result[k] = np.sum((precision + before) / 2 / total)
+      result[k] = np.sum(precision + before) / (2 * total)
     else:
       result[k] = average_precision(precision, recall)
   return result
