@@ -209,7 +209,13 @@ def test_parts_give_what_the_whole_gives(protocol):
 def test_counts_what_lets_protocols_differ():
   full, thin = (0, 0, 1, 1), (0.5, 0, 0.5, 1)
   truth = _rows(
-    ("a", 1, full, 1, 0), ("a", 2, None, 0, 1), ("a", 2.5, full, 1, 0), ("a", 3, full, 9, 0), ("b", 1, full, 2, 0)
+    ("a", 1, full, 1, 0),
+    ("a", 1, full, 1, 1),
+    ("a", 1, full, 2, 0),
+    ("a", 2, None, 0, 1),
+    ("a", 2.5, full, 1, 0),
+    ("a", 3, full, 9, 0),
+    ("b", 1, full, 2, 0),
   )
   found = _rows(
     ("a", 1, full, 1, 0.5),
@@ -239,8 +245,10 @@ def test_counts_what_lets_protocols_differ():
     "unsorted": 1,
     "equal_scores": 1,
     "beyond_limit": 2,
+    "repeated_annotations": 1,
+    "undetected": 1,
   }
-  assert len(result.differences()) == 15
+  assert len(result.differences()) == 17
   assert result.num_keyframes == 4
   assert result.num_boxes == 2
   missed = frame_map(truth, _rows(), _LABELS)

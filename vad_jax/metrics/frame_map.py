@@ -23,7 +23,7 @@ from vad_jax.metrics.protocols import (
   PROTOCOLS,
   Protocol,
   best_first,
-  count,
+  count_true,
   has_area,
   in_order,
   inspect,
@@ -335,24 +335,25 @@ class _Truth:
     self.num_known = self.num_labelled if rules.needs_label else self.num_annotated
     videos, times = zip(*excluded, strict=True) if excluded else ((), ())
     self.excluded = self.number(np.array(videos, object), _microseconds(np.array(times, np.float64)))
-    self.num_keyframes = self.num_known - count(self.excluded < self.num_known)
+    self.num_keyframes = self.num_known - count_true(self.excluded < self.num_known)
 
     left_out = np.isin(keyframe, self.excluded)
     self.tally = collections.Counter(
-      other_annotations=count(~labelled & (rows.action > 0)),
-      excluded_annotations=count(left_out),
-      keyframe_rows=count(rows.action == 0),
-      fractions=count(time % 1_000_000),
+      other_annotations=count_true(~labelled & (rows.action > 0)),
+      excluded_annotations=count_true(left_out),
+      keyframe_rows=count_true(rows.action == 0),
+      fractions=count_true(time % 1_000_000),
     )
     self.videos = set(rows.video.tolist())
     self.unknown_videos: set[str] = set()
     if rules.counts_excluded:
       left_out[:] = False
     rows, keyframe = rows.select(np.flatnonzero(labelled)[~left_out]), keyframe[~left_out]
-    self.num_boxes = {index: count(rows.action == index) for index in sorted(label_map)}
-    same_box = np.lexsort((*rows.boxes.T, keyframe))
-    changes = (np.diff(keyframe[same_box]) != 0) | (np.diff(rows.boxes[same_box], axis=0) != 0).any(axis=1)
-    self.num_people = min(len(keyframe), 1) + count(changes)
+    self.num_boxes = {index: count_true(rows.action == index) for index in sorted(label_map)}
+    by_box = np.lexsort((rows.action, *rows.boxes.T, keyframe))
+    same_box = (np.diff(keyframe[by_box]) == 0) & (np.diff(rows.boxes[by_box], axis=0) == 0).all(axis=1)
+    self.num_people = len(keyframe) - count_true(same_box)
+    self.tally["repeated_annotations"] = count_true(same_box & (np.diff(rows.action[by_box]) == 0))
     self.num_groups = max(label_map) + 1
     order = in_order(rows, keyframe, best_first(rows, keyframe), rules.order, len(keyframe))
     group = keyframe[order] * self.num_groups + rows.action[order]
@@ -370,6 +371,7 @@ def _blocks(
   """
   classes, tally = list(truth.num_boxes), truth.tally
   seen: set[int] = set()
+  last = -1
   rows_before = 0
   for rows in (detections,) if isinstance(detections, Rows) else detections:
     _check_scores(rows, rows_before)
@@ -378,9 +380,9 @@ def _blocks(
     keyframe = truth.number(rows.video[index], _microseconds(rows.timestamp[index]))
     excluded = np.isin(keyframe, truth.excluded)
     unannotated = ~excluded & (keyframe >= truth.num_annotated)
-    tally["excluded"] += count(excluded)
-    tally["unannotated"] += count(unannotated)
-    tally["unlabelled"] += count(~excluded & ~unannotated & (keyframe >= truth.num_labelled))
+    tally["excluded"] += count_true(excluded)
+    tally["unannotated"] += count_true(unannotated)
+    tally["unlabelled"] += count_true(~excluded & ~unannotated & (keyframe >= truth.num_labelled))
     truth.unknown_videos.update(set(rows.video[index[unannotated]].tolist()) - truth.videos)
     keep = ~excluded & ((keyframe < truth.num_known) | rules.scores_unannotated)
     index, keyframe = index[keep], keyframe[keep]
@@ -390,9 +392,10 @@ def _blocks(
     if not len(index):
       continue
     present, first, inverse = np.unique(keyframe, return_index=True, return_inverse=True)
-    if not seen.isdisjoint(present.tolist()) or (seen and not rules.ranks_by_file and present[0] < max(seen)):
+    if not seen.isdisjoint(present.tolist()) or (present[0] < last and not rules.ranks_by_file):
       raise SplitKeyframeError("the parts of the detections hold the same keyframe, or keyframes out of order")
     seen.update(present.tolist())
+    last = present[-1]
     rank = first[inverse] if rules.ranks_by_file else keyframe
     order = np.argsort(rank, kind="stable")
     first = np.flatnonzero(np.diff(rank[order])) + 1  # of each keyframe but the very first
@@ -416,7 +419,7 @@ def _results(
     score, correct = np.frombuffer(scores, rules.dtype), np.frombuffer(hits, bool).reshape(-1, len(ious))
     order = _ranking(score)
     score, correct = score[order], correct[order]
-    truth.tally["equal_scores"] += count(np.diff(score) == 0)
+    truth.tally["equal_scores"] += count_true(np.diff(score) == 0)
     truth.tally["undetected"] += bool(total) and not len(score)
     for position, by_class in enumerate(curves_by_iou):
       by_class[index] = Curve(score, correct[:, position], total)
@@ -434,7 +437,7 @@ def _results(
         ap=ap,
         num_ground_truth=truth.num_boxes,
         num_detections={c: len(curve.score) for c, curve in by_class.items()},
-        num_true_positives={c: count(curve.correct) for c, curve in by_class.items()},
+        num_true_positives={c: count_true(curve.correct) for c, curve in by_class.items()},
         curves=by_class,
         num_keyframes=truth.num_keyframes,
         iou=iou,

@@ -64,6 +64,7 @@ DIFFERENCES = {
   "equal_in_keyframe": "detections with the score of another of their keyframe and class (each protocol orders them)",
   "duplicates": "detections that stand twice, with the same box, class and score (all but one are wrong)",
   "equal_scores": "detections with the score of another of their class (how a sort leaves them moves the last digits)",
+  "repeated_annotations": "annotations that stand twice, with the same box and class (both count, one is missed)",
   "keyframe_rows": "keyframes annotated as holding nobody (slowfast and mmaction2 refuse such rows)",
   "fractions": "annotations not at whole seconds (slowfast and mmaction2 refuse them)",
   "undetected": "annotated classes without detection (AP 0, but left out of the mean by mmaction2)",
@@ -103,14 +104,14 @@ def inspect(rows: Rows, keyframe: np.ndarray, ranking: np.ndarray) -> collection
   together = (np.diff(keyframe[by_class]) == 0) & (np.diff(rows.action[by_class]) == 0)
   return collections.Counter(
     beyond_limit=int((np.bincount(keyframe - keyframe.min()) - MAX_ROWS).clip(0).sum()),
-    unsorted=count(together & (np.diff(rows.extra[by_class]) > 0)),
-    equal_in_keyframe=count(equal),
+    unsorted=count_true(together & (np.diff(rows.extra[by_class]) > 0)),
+    equal_in_keyframe=count_true(equal),
     duplicates=len(tied) - len(np.unique(tied_rows, axis=0)),
-    empty=count(~has_area(rows.boxes)),
+    empty=count_true(~has_area(rows.boxes)),
   )
 
 
-def count(mask: np.ndarray) -> int:
+def count_true(mask: np.ndarray) -> int:
   return int(np.count_nonzero(mask))
 
 

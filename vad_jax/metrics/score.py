@@ -63,10 +63,12 @@ def _score_keyframes(options: argparse.Namespace) -> dict[str, Any]:
   if not len(truth.video):
     raise AnnotationError(f"{options.ground_truth}: empty file; expected annotations")
   kwargs: Any = {"ious": options.iou, "protocol": options.protocol, "excluded": excluded}
-  persons = None
+  person = {}
   if _holds_json(path):
     rows, persons = read_detections_json(path)
     results = frame_maps(truth, rows, label_map, **kwargs)
+    kept = [keyframe not in excluded for keyframe in zip(truth.video, truth.timestamp, strict=True)]
+    person["person_AP"] = person_ap(truth.select(np.array(kept)), persons, iou=options.iou[0])
   else:
     try:
       results = frame_maps(truth, _counted(path), label_map, **kwargs)
@@ -77,7 +79,7 @@ def _score_keyframes(options: argparse.Namespace) -> dict[str, Any]:
     "protocol": options.protocol,
     "label_map": options.label_map,
     **_means(options.iou, [result.mean_ap for result in results]),
-    **({"person_AP": person_ap(truth, persons, iou=first.iou)} if persons else {}),
+    **person,
     "AP": _by_class(np.mean([[result.ap[index] for index in label_map] for result in results], axis=0), label_map),
     "num_keyframes": first.num_keyframes,
     "num_boxes": first.num_boxes,
@@ -114,7 +116,7 @@ def _score_tubes(options: argparse.Namespace) -> dict[str, Any]:
     "splits": [split + 1 for split in splits],
     **_means(ious, np.nanmean(frame_ap, axis=1).tolist()),
     **{f"video_{key}": value for key, value in _means(ious, np.nanmean(video_ap, axis=1).tolist()).items()},
-    "summary": result.summary,
+    "summary": {name: _json(value) for name, value in result.summary.items()},
     "AP": _by_class(np.mean(frame_ap, axis=0), ids),
     "video_AP": _by_class(np.mean(video_ap, axis=0), ids),
     "num_videos": result.num_videos,
@@ -213,7 +215,7 @@ def _print(content: dict[str, Any]) -> None:
     value = content.get(key)
     for name, number in value.items() if isinstance(value, dict) else [("", value)] if key in content else []:
       overall.add_row(label.format(name), _text(number))
-  console = Console()
+  console = Console(markup=False, highlight=False)  # names of classes and files may hold brackets
   console.print(table, overall)
   for warning in content["warnings"]:
     print(f"warning: {warning}", file=sys.stderr)
@@ -229,7 +231,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m vad_jax.evaluate",
     description="Scores detections in a file, whoever wrote it.",
-    epilog="Files of AVA: CSV; detections of vad_jax.predict: JSON. Files of JHMDB51-21, UCF101-24 and MultiSports: the "
+    epilog="Files of AVA: CSV; detections of vad_jax.predict: JSON. Files of JHMDB51-21, UCF101-24, MultiSports: the "
     "published pickles (no code of theirs is run), JSON, CSV, lines of the class-query code.",
   )
   parser.add_argument(
@@ -246,9 +248,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--label-map", help="AVA: ava_60 (default), ava_80 or a pbtxt file: the classes to score")
   parser.add_argument("--excluded", type=Path, help="AVA: CSV of video_id,timestamp: keyframes to leave out")
   parser.add_argument("--dataset", choices=get_args(Dataset), help="class_query: whose rules to take")
-  parser.add_argument(
-    "--split", type=int, default=1, help="tubes: number of the split, from 1 up; default: %(default)s"
-  )
+  parser.add_argument("--split", type=int, default=1, help="tubes: which split, from 1 up; default: %(default)s")
   parser.add_argument(
     "--iou",
     type=_ious,
