@@ -265,10 +265,10 @@ def _detections_of_query_csv(path: PathLike, num_classes: int, header: str) -> T
     expected = f"{','.join(columns[:8])},s0..s{num_classes - 1}"
     raise AnnotationError(f"{path}:1: the header is {header}; expected {expected}, a score for each class")
   names, video, table = _read_rows(path, _split_csv, width=num_classes + 7, header=1)
-  _, first, count = np.unique(np.column_stack([video, table[:, :2]]), axis=0, return_index=True, return_counts=True)
-  if (count > 1).any():
-    row = first[count > 1][0]
-    raise AnnotationError(f"{path}:{row + 2}: query {table[row, 1]:g} of frame {table[row, 0]:g} stands twice")
+  repeated = np.flatnonzero(positions(_groups(video, *table[:, :2].T)))
+  if len(repeated):
+    frame, query = table[repeated[0], :2]
+    raise AnnotationError(f"{path}:{repeated[0] + 2}: query {query:g} of frame {frame:g} stands twice")
   return _detections(names, video, table[:, 0], table[:, 2:6], table[:, 6], table[:, 7:])
 
 
@@ -279,9 +279,8 @@ def _detections_of_box_csv(path: PathLike, num_classes: int) -> TubeDetections:
   if len(bad):
     raise AnnotationError(f"{path}:{bad[0] + 1}: class id {table[bad[0], 5]:g}; expected one of 1 to {num_classes}")
   label = label.astype(np.int64)
-  _, box = np.unique(np.column_stack([video, table[:, :5]]), axis=0, return_inverse=True)
-  box = box.reshape(-1)  # numpy 2.0 returns a column
-  box = box + len(box) * positions(box * num_classes + label)  # what stands twice with one class is two detections
+  box = _groups(video, *table[:, :5].T)
+  box += len(box) * positions(box * num_classes + label)  # what stands twice with one class is two detections
   _, first, box = np.unique(box, return_index=True, return_inverse=True)
   order = np.argsort(first)  # file order
   scores = np.full((len(first), num_classes), np.nan, np.float32)
@@ -292,10 +291,9 @@ def _detections_of_box_csv(path: PathLike, num_classes: int) -> TubeDetections:
 
 def _detections_of_lines(path: PathLike, num_classes: int) -> TubeDetections:
   names, video, table = _read_rows(path, _split_line, width=num_classes + 6)
-  _, first = np.unique(np.column_stack([video, table]), axis=0, return_index=True)
-  if len(first) < len(table):
-    logger.warning("%s: %d lines repeat others word by word and are left out", path, len(table) - len(first))
-    first.sort()
+  first = positions(_groups(video, *table.T)) == 0
+  if not first.all():
+    logger.warning("%s: %d lines repeat others word by word and are left out", path, (~first).sum())
     video, table = video[first], table[first]
   return _detections(names, video, _from_one(table[:, 0]), table[:, 1:5], table[:, -1], table[:, 5:-1])
 
@@ -373,6 +371,8 @@ def _read_rows(
 
 
 def _parse(lines: list[str], width: int | None) -> np.ndarray | None:
+  if "" in lines:
+    return None
   try:
     table = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
   except ValueError:
@@ -395,7 +395,7 @@ def _check_line(place: str, name: str, numbers: str, width: int, first_frame: in
   if not name:
     raise AnnotationError(f"{place}: the line is empty, names no video or is unlike the first one")
   if len(fields) != width:
-    raise AnnotationError(f"{place}: {len(fields)} numbers after the video; expected {width}")
+    raise AnnotationError(f"{place}: {len(fields)} numbers, the frame included; expected {width}")
   for field in fields:
     if _parse([field], 1) is None:
       raise AnnotationError(f"{place}: {field.strip()!r} is not a number")
@@ -416,6 +416,17 @@ def _split_line(line: str) -> tuple[str, str]:
 def _from_one(frame: np.ndarray) -> np.ndarray:
   """Frames that count from 1, of frames that may count from 0."""
   return frame + (frame.min() == 0)
+
+
+def _groups(*columns: np.ndarray) -> np.ndarray:
+  """Numbers rows so that those get the same number that agree in all columns: ``[R]`` int64."""
+  order = np.lexsort(columns)
+  new = np.zeros(len(order), bool)
+  for column in columns:
+    new[1:] |= np.diff(column[order]) != 0
+  result = np.empty(len(order), np.int64)
+  result[order] = np.cumsum(new)
+  return result
 
 
 def positions(group: np.ndarray) -> np.ndarray:
