@@ -116,7 +116,13 @@ def _helps(field: str, plan: Plan, bench: Bench) -> bool:
     fits_here = _fits_better(bench.fit(plan), bench.fit(plan, shift=shift))
     return person > person_without + least and fits_here
   chance = max(0.01, 0.6 / math.sqrt(max(len(bench.rows(plan)[0].video), 1)))
-  return mean_ap > mean_ap_without + chance and mean_ap > (2 if field == "labels" else 1.2) * mean_ap_without
+  if mean_ap < mean_ap_without + chance:
+    return False
+  if field == "labels":
+    return mean_ap > 2 * mean_ap_without
+  # Right detections must have ranked low in their class before, by more than four standard deviations.
+  rank, num_right = bench.skill(plan)
+  return mean_ap > 1.2 * mean_ap_without and (rank - 0.5) * math.sqrt(12 * num_right) > 4
 
 
 # --- names of videos ------------------------------------------------------------------------------------------

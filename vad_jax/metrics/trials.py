@@ -166,6 +166,25 @@ class Bench:
       self._results[plan] = self.score(*self.rows(plan))
     return self._results[plan]
 
+  def skill(self, plan: Plan) -> tuple[float, int]:
+    """How high detections that fit an annotation of their class rank among all of that class.
+
+    Returns:
+      their mean rank, from 0 (lowest score) to 1, 0.5 by chance; and how many they are.
+    """
+    truth, found = self.rows(plan)
+    found = found.select(~np.isnan(found.extra))
+    truth_keyframe, keyframe = keyframe_ids(truth, found)
+    num_groups = 1 + max(truth.action.max(initial=0), found.action.max(initial=0))
+    truth_group, group = truth_keyframe * num_groups + truth.action, keyframe * num_groups + found.action
+    right = best_overlaps(truth_group, truth.boxes, group, found.boxes)[0] >= 0.5
+    ranked = np.column_stack([found.action, found.extra])
+    _, equal, count = np.unique(ranked, axis=0, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - count / 2)[equal]
+    _, of_class, size = np.unique(found.action, return_inverse=True, return_counts=True)
+    rank = (rank - (np.cumsum(size) - size)[of_class]) / size[of_class]
+    return float(rank[right].mean()) if right.any() else 0.5, int(right.sum())
+
   def score(self, truth: Rows, found: Rows, protocol: str = "activitynet") -> tuple[float, float]:
     """mAP and person AP of any rows; 0 where nothing can be scored."""
     found = found.select(~np.isnan(found.extra))
