@@ -19,8 +19,9 @@ def attend(query: Array, key: Array, value: Array, key_mask: Array | None = None
   """Scaled dot-product attention; on a GPU in half precision fused, so that the weights are never stored.
 
   Args:
-    query, key, value: ``[B, N, heads, D]``.
-    key_mask: ``[B, N]`` bool, False for keys that nobody may look at.
+    query: ``[B, N, heads, D]``.
+    key, value: ``[B, K, heads, D]``.
+    key_mask: ``[B, K]`` bool, False for keys that nobody may look at.
 
   Returns:
     ``[B, N, heads, D]``.
@@ -30,7 +31,7 @@ def attend(query: Array, key: Array, value: Array, key_mask: Array | None = None
   if fused:
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
   plain = functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")
-  return _by_heads(plain, query, key, value)
+  return by_heads(plain, query, key, value)
 
 
 def attend_and_weigh(
@@ -56,21 +57,27 @@ def attend_and_weigh(
       received = jnp.einsum("bhqk,q->bhk", jax.lax.stop_gradient(weights), query_weight) / query.shape[1]
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value), received.swapaxes(1, 2)
 
-  out, received = _by_heads(weigh, query, key, value)
+  out, received = by_heads(weigh, query, key, value)
   return out, received.mean(2)
 
 
-def _by_heads(function: Callable[..., Any], query: Array, key: Array, value: Array) -> Any:
-  """Applies a function of ``[B, N, heads, D]`` arrays, head by head where the weights of all would not fit.
+def by_heads(function: Callable[..., Any], query: Array, key: Array, *others: Array) -> Any:
+  """Applies a function of arrays with heads on axis 2, head by head where the weights of all would not fit.
 
   The results have heads on axis 2. Heads, not images, take turns, so that a batch stays spread over devices.
+
+  Args:
+    function: of ``query``, ``key`` and ``others``; it may hold weights ``[B, heads, N, K]`` meanwhile.
+    query: ``[B, N, heads, D]``.
+    key: ``[B, K, heads, D]``.
+    *others: values and whatever else the function takes.
   """
   batch, queries, heads, _ = query.shape
   devices = max(jax.sharding.get_abstract_mesh().size, 1)
   if batch * heads * queries * key.shape[1] <= MOST_WEIGHTS * devices:
-    return function(query, key, value)
+    return function(query, key, *others)
   one_head = jax.checkpoint(lambda parts: function(*(part[:, :, None] for part in parts)))
-  results = jax.lax.map(one_head, tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value)))
+  results = jax.lax.map(one_head, tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, *others)))
   return jax.tree.map(lambda x: jnp.moveaxis(x.squeeze(3), 0, 2), results)
 
 

@@ -1,4 +1,4 @@
-"""Fixed sine-cosine positions over a token grid, and their resize to other grids."""
+"""Positions of tokens: fixed tables, the resize of tables to other grids, and boxes that the grid suggests."""
 
 import functools
 
@@ -48,3 +48,28 @@ def bicubic_matrix(source: int, target: int) -> np.ndarray:
     far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
     np.add.at(matrix, (np.arange(target), np.clip(first + offset, 0, source - 1)), np.where(distance <= 1, near, far))
   return matrix
+
+
+def linear_matrix(source: int, target: int) -> np.ndarray:
+  """Matrix ``[target, source]`` of PyTorch's linear resize: half-pixel centres, clamped, not smoothed."""
+  center = np.maximum((np.arange(target) + 0.5) * source / target - 0.5, 0)
+  first = np.floor(center).astype(int)
+  matrix = np.zeros((target, source))
+  np.add.at(matrix, (np.arange(target), first), 1 - (center - first))
+  np.add.at(matrix, (np.arange(target), np.minimum(first + 1, source - 1)), center - first)
+  return matrix
+
+
+def grid_box_bias(h: int, w: int) -> np.ndarray:
+  """What to add to the logits of boxes that the tokens of a grid predict, so that each begins at its own place.
+
+  As in OWL-ViT's code: the centre is the far corner of the token, and both sides are one ``w``-th, also where the grid
+  is not square.
+
+  Returns:
+    ``[h, w, 4]`` float32 logits of centre x, centre y, width and height in [0, 1].
+  """
+  x, y = np.meshgrid(np.arange(1, w + 1) / w, np.arange(1, h + 1) / h)
+  box = np.stack([x, y, np.full_like(x, 1 / w), np.full_like(x, 1 / w)], axis=-1)
+  epsilon = 1e-4
+  return (np.log(box + epsilon) - np.log1p(epsilon - box)).astype(np.float32)
