@@ -287,5 +287,5 @@ def test_the_synthetic_set_is_made_and_opened(tmp_path):
 
 
 def test_unknown_sets_are_named():
-  with pytest.raises(ValueError, match=r"unknown data set 'avaa'; known: synthetic \(see data/README\.md\)"):
+  with pytest.raises(ValueError, match=r"unknown data set 'avaa'; known: synthetic, ava, .*\(see data/README\.md\)"):
     datasets.load("avaa", "data")

@@ -10,10 +10,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 if TYPE_CHECKING:  # so that reading a video does not need all that preparing a set does
+  from vad_jax.annotations import Rows
   from vad_jax.datasets.loader import ClipSpec, KeyframeDataset
 
 SPLITS = ("train", "val")
+# Folder of the records of both splits, where they share videos.
+TRAINVAL = "trainval"
 
 
 def load(name: str, root: str | os.PathLike[str], **kwargs: Any) -> dict[str, KeyframeDataset]:
@@ -69,38 +74,84 @@ def load_synthetic(
   return open_directory(directory, clip=clip, reader=reader, workers=workers)
 
 
+def load_ava(root: Path, **kwargs: Any) -> dict[str, KeyframeDataset]:
+  """AVA in ``<root>/ava``, see `vad_jax.datasets.prepare`; arguments as of `open_directory`."""
+  return open_directory(_prepared(root, "ava"), **kwargs)
+
+
+def load_jhmdb(root: Path, *, split: int = 1, **kwargs: Any) -> dict[str, KeyframeDataset]:
+  """One of the three splits of JHMDB51-21 in ``<root>/jhmdb``; arguments as of `open_directory`."""
+  return open_directory(_prepared(root, "jhmdb"), annotation_dir=f"annotations/split{split}", **kwargs)
+
+
+def load_ucf101_24(root: Path, **kwargs: Any) -> dict[str, KeyframeDataset]:
+  """UCF101-24 in ``<root>/ucf101_24``; arguments as of `open_directory`."""
+  return open_directory(_prepared(root, "ucf101_24"), **kwargs)
+
+
+def _prepared(root: Path, name: str) -> Path:
+  directory = root / name
+  if not (directory / "dataset.json").is_file():
+    raise FileNotFoundError(
+      f"{directory}: {name} has not been prepared here; run "
+      f"`python -m vad_jax.datasets.prepare {name} --source DIR --output {directory}` (see data/README.md)"
+    )
+  return directory
+
+
 def open_directory(
   directory: Path,
   *,
+  annotation_dir: str = "annotations",
   clip: ClipSpec | None = None,
   reader: Literal["records", "video"] = "records",
   workers: int | None = None,
 ) -> dict[str, KeyframeDataset]:
-  """Opens a set in the layout of data/README.md.
+  """Opens a set in the layout of data/README.md: the splits that it has.
 
   Args:
     directory: the set.
+    annotation_dir: folder of the annotations in it, for a set with several divisions into train and val.
     clip: frames around a keyframe; by default those of `ClipSpec`.
     reader: "records" encodes the videos as records first, once, which is faster to train from; "video"
       decodes them each time.
     workers: threads for that encoding; by default one for each core.
+
+  Raises:
+    FileNotFoundError: there are no annotations.
   """
   if reader not in ("records", "video"):
     raise ValueError(f"reader {reader!r}: expected 'records' or 'video'")
   from vad_jax import annotations
   from vad_jax.datasets import loader, records
 
-  label_map = annotations.read_label_map(directory / "annotations" / "label_map.pbtxt")
+  folder = directory / annotation_dir
+  label_map = annotations.read_label_map(folder / "label_map.pbtxt")
   datasets = {}
   for split in SPLITS:
-    rows = annotations.read_ava_csv(directory / "annotations" / f"{split}.csv")
+    path = folder / f"{split}.csv"
+    if not path.is_file():
+      continue
+    rows = annotations.read_ava_csv(path)
+    excluded = folder / f"{split}_excluded.csv"
+    if excluded.is_file():
+      rows = _without(rows, annotations.read_excluded(excluded))
     keyframes = annotations.keyframes(rows, max(label_map))
-    if reader == "records":
-      frames = loader.RecordFrames(records.build(directory, directory / "records", split, workers=workers))
-    else:
+    if reader == "video":
       frames = loader.VideoFrames(directory / "videos" / split)
+    elif (directory / "records" / TRAINVAL).is_dir():
+      frames = loader.RecordFrames(directory / "records" / TRAINVAL)
+    else:
+      frames = loader.RecordFrames(records.build(directory, directory / "records", split, workers=workers))
     datasets[split] = loader.KeyframeDataset(keyframes, frames, clip or loader.ClipSpec(), label_map)
+  if not datasets:
+    raise FileNotFoundError(f"{folder}: neither train.csv nor val.csv")
   return datasets
 
 
-DATASETS = {"synthetic": load_synthetic}
+def _without(rows: Rows, keyframes: set[tuple[str, float]]) -> Rows:
+  keep = [keyframe not in keyframes for keyframe in zip(rows.video, rows.timestamp.tolist(), strict=True)]
+  return rows.select(np.array(keep, bool))
+
+
+DATASETS = {"synthetic": load_synthetic, "ava": load_ava, "jhmdb": load_jhmdb, "ucf101_24": load_ucf101_24}

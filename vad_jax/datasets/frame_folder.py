@@ -15,6 +15,8 @@ import numpy as np
 
 from vad_jax.datasets.video import PathLike, VideoError
 
+IMAGE_NUMBER = r"(\d+)\.(jpg|jpeg|png)"  # how the names end
+
 
 def numbered_images(folder: PathLike, prefix: str = "") -> dict[int, str]:
   """File names of a folder by their number, ascending.
@@ -26,7 +28,7 @@ def numbered_images(folder: PathLike, prefix: str = "") -> dict[int, str]:
   Raises:
     VideoError: the folder cannot be read.
   """
-  pattern = re.compile(re.escape(prefix) + r"(\d+)\.(jpg|jpeg|png)", re.IGNORECASE)
+  pattern = re.compile(re.escape(prefix) + IMAGE_NUMBER, re.IGNORECASE)
   try:
     matches = (pattern.fullmatch(entry.name) for entry in os.scandir(folder))
     return dict(sorted((int(match[1]), match[0]) for match in matches if match))

@@ -341,6 +341,17 @@ def _size(text: str) -> tuple[int, int]:
   return int(width), int(height)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the settings of `make`."""
+  parser.add_argument("--level", choices=list(scenes.LEVELS), default="easy", help="how hard it is")
+  parser.add_argument("--num-train", type=int, default=600, metavar="N", help="training videos")
+  parser.add_argument("--num-val", type=int, default=120, metavar="N", help="held-out videos")
+  parser.add_argument("--size", type=_size, default="160x120", metavar="WxH", help="pixels")
+  parser.add_argument("--seconds", type=int, default=6, metavar="N", help="length of a video")
+  parser.add_argument("--fps", type=float, default=25, help="frames a second")
+  parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives another set")
+
+
 def main() -> None:
   """Command line of `make`."""
   parser = argparse.ArgumentParser(
@@ -349,13 +360,7 @@ def main() -> None:
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
   parser.add_argument("--output", required=True, metavar="DIR", default=argparse.SUPPRESS, help="directory of the set")
-  parser.add_argument("--level", choices=list(scenes.LEVELS), default="easy", help="how hard it is")
-  parser.add_argument("--num-train", type=int, default=600, metavar="N", help="training videos")
-  parser.add_argument("--num-val", type=int, default=120, metavar="N", help="held-out videos")
-  parser.add_argument("--size", type=_size, default="160x120", metavar="WxH", help="pixels")
-  parser.add_argument("--seconds", type=int, default=6, metavar="N", help="length of a video")
-  parser.add_argument("--fps", type=float, default=25, help="frames a second")
-  parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives another set")
+  add_arguments(parser)
   parser.add_argument("--workers", type=int, metavar="N", help="processes; one a core where not given")
   parser.add_argument("--contact-sheet", metavar="PNG", help="also paint frames with boxes and class names, to look at")
   args = vars(parser.parse_args())
