@@ -80,6 +80,13 @@ def test_json(tmp_path):
   np.testing.assert_array_equal(truth.videos["run/a"].tubes[0].boxes, _TUBE)
 
 
+def test_boxes_behind_the_end_make_a_video_longer(tmp_path, caplog):
+  truth = read_ground_truth(_write(tmp_path / "gt.json", json.dumps(_box(nframes=4, resolution=None))))
+  assert truth.videos["run/a"].num_frames == 5
+  assert truth.videos["run/a"].size is None
+  assert "run/a has boxes up to frame 5; taken for its length, not 4" in caplog.text
+
+
 def test_ground_truth_lines(tmp_path):
   lines = [
     "v_0_00 [0.0, 1.0, 1.0, 2.0, 3.0, 4.0, 0.0, 1.0, 0.0]",
@@ -242,7 +249,6 @@ def _box(**changes):
     (_json(test_videos=[["run/a"]], train_videos=[[], []]), "gt: 2 splits of train_videos, but 1 of test_videos"),
     (_json(labels=[]), "run/a: label 0, but there are 0 labels"),
     (_box(resolution=240), "gt: unexpected content"),
-    (_box(nframes=4), "gt: run/a: a box in frame 5 of 4"),
     (_box(tubes=[{"label": "run", "boxes": _TUBE}]), "run/a: label 'run'; expected an index"),
     (_box(tubes=[{"label": -1, "boxes": _TUBE}]), "run/a: label -1; expected an index"),
     (_box(tubes=[{"label": 0, "boxes": [[1, 2, 3, 4]]}]), "run/a: a tube of class 0 is not a table"),

@@ -156,7 +156,7 @@ def _ground_truth_of_json(path: PathLike) -> TubeGroundTruth:
     videos = {
       name: Video(
         int(video["nframes"]),
-        _size(video["resolution"]),
+        _size(video.get("resolution")),
         [_tube(tube["label"], tube["boxes"], f"{path}: {name}") for tube in video["tubes"]],
       )
       for name, video in content["videos"].items()
@@ -172,7 +172,7 @@ def _ground_truth_of_pickle(path: PathLike) -> TubeGroundTruth:
     videos = {
       name: Video(
         int(num_frames),
-        _size(content["resolution"][name]),
+        _size(content.get("resolution", {}).get(name)),
         [
           _tube(label, boxes, f"{path}: {name}")
           for label, tubes in sorted(content["gttubes"].get(name, {}).items())
@@ -218,8 +218,12 @@ def _ground_truth(path: PathLike, content: dict[str, Any], videos: dict[str, Vid
     for tube in video.tubes:
       if tube.label >= len(labels):
         raise AnnotationError(f"{path}: {name}: label {tube.label}, but there are {len(labels)} labels, from 0 up")
-      if tube.boxes[-1, 0] > video.num_frames:
-        raise AnnotationError(f"{path}: {name}: a box in frame {tube.boxes[-1, 0]:g} of {video.num_frames}")
+    last = max((int(tube.boxes[-1, 0]) for tube in video.tubes), default=0)
+    if last > video.num_frames:
+      logger.warning(
+        "%s: %s has boxes up to frame %d; taken for its length, not %d", path, name, last, video.num_frames
+      )
+      videos[name] = video._replace(num_frames=last)
   for name in (name for split in test for name in split):
     if name not in videos:
       raise AnnotationError(f"{path}: the test video {name} is not annotated")
@@ -246,8 +250,8 @@ def _tube(label: Any, boxes: Any, place: str) -> Tube:
   return Tube(int(label), table)
 
 
-def _size(resolution: Any) -> tuple[int, int]:
-  return int(resolution[0]), int(resolution[1])
+def _size(resolution: Any) -> tuple[int, int] | None:
+  return None if resolution is None else (int(resolution[0]), int(resolution[1]))
 
 
 def _splits(names: list) -> list[list[str]]:
