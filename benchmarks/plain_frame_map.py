@@ -12,11 +12,12 @@ import csv
 import heapq
 import sys
 from collections.abc import Iterable, Iterator, Set
+from decimal import Decimal
 from typing import NamedTuple
 
 import numpy as np
 
-Row = tuple[str, float, tuple[float, ...], int, float]  # video, timestamp, x1 y1 x2 y2, action id (0: none), score
+Row = tuple[str, float | Decimal, tuple[float, ...], int, float]  # video, time, x1 y1 x2 y2, action id (0: none), score
 Key = tuple[str, str]  # video and timestamp
 
 
@@ -81,7 +82,7 @@ def frame_ap(
   return ap
 
 
-def _key(video: str, timestamp: float) -> Key:
+def _key(video: str, timestamp: float | Decimal) -> Key:
   return video, f"{timestamp:.6f}"
 
 
@@ -113,6 +114,9 @@ def _images(rows: Iterable[Row], classes: Set[int], protocol: str, capacity: int
 
 def _match(truth: np.ndarray, boxes: np.ndarray, iou: float) -> np.ndarray:
   """Which boxes are right: the first whose best annotation, free or not, is this one and still free."""
+  for x1, y1, x2, y2 in [*truth, *boxes]:
+    if x1 > x2 or y1 > y2:
+      raise ValueError(f"inverted box {(x1, y1, x2, y2)}")
   correct = np.zeros(len(boxes), bool)
   if not len(truth):
     return correct
@@ -146,7 +150,7 @@ def _average_precision(scores: np.ndarray, correct: np.ndarray, num_truth: int) 
 def _read(path: str) -> Iterator[Row]:
   with open(path, newline="") as file:
     for video, timestamp, *box, action, score in csv.reader(file):
-      yield video, float(timestamp), tuple(float(value) for value in box), int(action), float(score)
+      yield video, Decimal(timestamp), tuple(float(value) for value in box), int(action), float(score)
 
 
 if __name__ == "__main__":

@@ -204,6 +204,9 @@ def test_parts_give_what_the_whole_gives(protocol):
     assert ours.tally == theirs.tally
   with pytest.raises(SplitKeyframeError):
     frame_maps(truth, _parts(found, 100), **kwargs)
+  if protocol == "mmaction2":
+    with pytest.raises(SplitKeyframeError):
+      frame_maps(truth, iter(parts[::-1]), **kwargs)
 
 
 def test_counts_what_lets_protocols_differ():
@@ -279,6 +282,19 @@ def test_mmaction2_rounds_to_single_precision():
   found = _rows(("a", 1, (0, 0, 0.5 - 1e-9, 1), 1, 0.9))
   assert frame_map(truth, found, _LABELS).mean_ap == 0
   assert frame_map(truth, found, _LABELS, protocol="mmaction2").mean_ap == 1
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_rounds_at_the_threshold_as_evaluators_do(protocol):
+  rng = np.random.default_rng(0)
+  corner, size = rng.integers(0, 500, (500, 2)) / 1000, rng.integers(1, 250, (500, 2)) / 500
+  boxes = np.concatenate([corner, corner + size], axis=1).round(3)
+  halves = np.concatenate([corner, corner + size * [0.5, 1]], axis=1).round(3)  # IoU 1/2, but for rounding
+  truth = _rows(*[("a", time, box, 1, 0) for time, box in enumerate(boxes)])
+  found = _rows(*[("a", time, box, 1, time) for time, box in enumerate(halves)])
+  expected = _plain_ap(truth, found, protocol=protocol)
+  assert 0.1 < expected[1] < 0.9
+  assert frame_map(truth, found, _LABELS, protocol=protocol).ap[1] == pytest.approx(expected[1], abs=1e-12)
 
 
 def test_inverted_detections():
