@@ -231,6 +231,21 @@ def _single(scores, corners):
   return Candidates(np.zeros(len(scores), np.int64), frames, boxes, np.array(scores, np.float32))
 
 
+def test_greedy_linking_by_hand():
+  def person(corner, score, last):
+    return _single([score] * last, np.full(last, corner))
+
+  def link(*people):
+    return link_greedily(Candidates(*(np.concatenate(column) for column in zip(*people, strict=True))), np.array([30]))
+
+  tubes = link(
+    person(0, 0.9, 30), person(100, 0.8, 16), person(200, 0.7, 16), person(300, 0.6, 14), person(400, 0.004, 20)
+  )
+  # 14 frames are too short, and 0.004 is too little. Those that end together are listed from the back, before others.
+  assert [tube.score for tube in tubes] == pytest.approx([0.7, 0.8, 0.9])
+  assert [len(tube.boxes) for tube in tubes] == [16, 16, 30]
+
+
 def test_first_frame_decides_how_a_path_is_cut():
   found, num_frames = _single([0.1, 0.1, 0.9, 0.9, 0.1, 0.1], np.zeros(6)), np.array([6])
   # Frames from 1: the first is lost.

@@ -353,6 +353,35 @@ def test_rules_of_class_query():
   assert result.video_ap[0.95][0] == pytest.approx(1, abs=2e-5)
 
 
+def test_tubes_of_class_query_share_two_frames_at_least():
+  rows = _still("a", _LEFT, 0, 0.9, 4, 7)  # becomes frames 5 to 8
+  for last, expected in ((5, 0), (6, 1)):
+    truth = _truth({"a": [(0, _LEFT, 5, last)]})
+    result = video_map(truth, _detections(["a"], rows), protocol="class_query", dataset="ucf101_24")
+    assert result.video_ap[0.2][0] == pytest.approx(expected, abs=2e-5)
+
+
+def test_equal_scores_of_tubes_rank_by_name_of_the_video():
+  truth = _truth({"b": [], "a": [(0, _LEFT, 1, 20)]})
+  found = _detections("ba", [*_still("b", _LEFT, 0, 0.9), *_still("a", _LEFT, 0, 0.9)])
+  result = video_map(truth, found, protocol="class_query", dataset="jhmdb")
+  assert result.video_ap[0.5][0] == pytest.approx(1, abs=2e-5)
+  assert video_map(truth, found, protocol="act").video_ap[0.5][0] == pytest.approx(
+    (1 / 2 + 0) / 2
+  )  # by the split's list
+
+
+def test_equal_scores_of_tubelets_rank_by_frame_and_start():
+  truth = _truth({"a": [(0, _RIGHT, 2, 3)]}, num_frames=3)
+  boxes = np.array([[_RIGHT] * 2, [_LEFT] * 2])
+  found = TubeDetections(
+    ["a"], np.zeros(2, np.int32), np.array([2, 1], np.int32), boxes, np.ones(2), np.full((2, 2), 0.5, np.float32)
+  )
+  # Frame 1: wrong; 2: wrong (the earlier tubelet), right; 3: right.
+  ap = video_map(truth, found, protocol="act").frame_ap[0.5][0]
+  assert ap == pytest.approx(((0 + 1 / 3) / 2 + (1 / 3 + 1 / 2) / 2) / 2)
+
+
 def test_videos_without_detections_and_detections_elsewhere():
   truth = _truth({"a": [(0, _LEFT, 1, 20)], "b": [(0, _LEFT, 1, 20)]})
   found = _detections(["c", "a"], [*_still("a", _LEFT, 0, 0.9), *_still("c", _LEFT, 0, 0.95)])

@@ -264,7 +264,7 @@ def tube_overlaps(
     others: tubes, at least one.
     margin: as for `box_iou`; holds for the spans in frames as well.
     least_common: tubes that share fewer frames do not overlap.
-    in_time: if false, the sum of IoUs over the frames of the shorter tube is all that counts.
+    in_time: if false, the result is the mean IoU over the frames of the shorter tube, 0 where the other has no box.
 
   Returns:
     ``[len(others)]`` overlaps in [0, 1].
