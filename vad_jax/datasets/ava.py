@@ -32,6 +32,7 @@ LAYOUTS = (*FRAME_PREFIXES, "cuts", "movies")
 _FIRST_SECOND, _END_SECOND = 900, 1801
 _FRAMES_FPS = 30.0
 _LONGEST_CUT = 960.0  # seconds; a movie is longer, or it would hold next to nothing of what is annotated
+_ODD_LENGTH = "videos of another length than the rest, left out"
 _DEPTH = 3  # folders below the source that are searched
 _ANNOTATION = re.compile(r"ava_(train|val)(_excluded_timestamps)?_v(2\.\d)\.csv")
 
@@ -133,7 +134,9 @@ def _find_videos(
       f"{source}: none of the {len(ids)} annotated videos is here{wanted}; expected <video>.mkv, .mp4 or .webm, or "
       "<video>/ with images, up to three folders below"
     )
-  missing = {video: f"{video}: no file" for video in sorted(ids - set(found))}
+  missing = {
+    video: f"{video}: no frames" for video in sorted(ids - set(found) - set(problems.notes.get(_ODD_LENGTH, ())))
+  }
   problems.explain("annotated videos that are not here, left out", missing)
   return found, layouts
 
@@ -194,7 +197,7 @@ def _video_files(files: dict[str, list[Path]], layout: str | None, problems: Pro
       continue
     path = (fitting or candidates)[0]
     found[video] = Source(path, _FIRST_SECOND) if kind == "cuts" else Source(path, 0, _FIRST_SECOND, _END_SECOND)
-  problems.explain("videos of another length than the rest, left out", odd)
+  problems.explain(_ODD_LENGTH, odd)
   return found, kind
 
 

@@ -162,7 +162,7 @@ def _video_rows(path: Path, name: str, video: Video, fps: float, with_empty: boo
   action = np.repeat([tube.label + 1 for tube in video.tubes], lengths).astype(np.int32)
   person = np.repeat(np.arange(len(lengths), dtype=np.float64), lengths)
   if with_empty:
-    nobody = np.setdiff1d(np.arange(1, video.num_frames + 1), boxes[:, 0])
+    nobody = np.setdiff1d(np.arange(1.0, video.num_frames + 1), boxes[:, 0])
     boxes = np.concatenate([boxes, np.pad(nobody[:, None], [(0, 0), (0, 4)], constant_values=np.nan)])
     action, person = np.pad(action, (0, len(nobody))), np.pad(person, (0, len(nobody)), constant_values=1)
   order = np.argsort(boxes[:, 0], kind="stable")

@@ -287,8 +287,9 @@ def _write_files(
     def count(seconds: int) -> None:
       if stopped.is_set():
         raise CancelledError
-      with lock:
-        advance(seconds)
+      if seconds:
+        with lock:
+          advance(seconds)
 
     futures = [
       pool.submit(_write_file, path, file, sources, encoder, count) for path, file in zip(paths, files, strict=True)
@@ -320,7 +321,7 @@ def _write_file(
           writer.write(data)
           seconds.setdefault(video, []).append(record["second"])
           length, num_bytes = length + 1, num_bytes + len(data)
-          count(min(1, file["seconds"] - length))  # not more than was announced
+          count(int(length <= file["seconds"]))  # not more than was announced
       except VideoError as error:
         logger.warning("left out: %s", error)
         unreadable[video] = str(error)
