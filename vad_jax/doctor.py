@@ -268,7 +268,9 @@ def _check_version(case: _Case) -> Iterator[Finding]:
     )
   fits = np.bincount(videos, fit > 0.3, len(case.bench.truth.names))
   counts = np.bincount(videos, minlength=len(fits))
-  bad = np.flatnonzero((counts >= 15) & (fits < 0.1 * fits.sum() / counts.sum() * counts))
+  people = np.unique(np.column_stack([videos, case.bench.person]), axis=0)[:, 0].astype(np.int64)
+  enough = (np.bincount(people, minlength=len(fits)) >= 8) | (counts >= 200)
+  bad = np.flatnonzero(enough & (fits < 0.1 * fits.sum() / counts.sum() * counts))
   covered = np.isin(bad, case.found.video)
   bad = bad[covered]
   if fits.sum() > 0.5 * counts.sum() and len(bad):
@@ -320,9 +322,11 @@ def _check_ids(case: _Case) -> Iterator[Finding]:
       )
     outside = ~np.isin(action, list(classes)) & (action > 0)
     ids = np.unique(action[outside])
+    if not len(ids) or case.plan.labels:
+      continue
     # AVA has 80 classes, of which 60 are scored; models and annotations of all 80 are as they should be.
-    usual = len(ids) and ids.max() <= 80 and max(classes) > 60 and action.max() > 60 and outside.mean() < 0.4
-    if len(ids) and not case.plan.labels and not usual:
+    is_ava = max(classes) > 60 and ids[-1] <= 80 and (action.max() > 60 or len(np.unique(action)) < 30)
+    if not is_ava or outside.mean() > 0.4:
       yield Finding(
         f"classes of {what} are missing in the label map",
         f"{percent(outside.mean())} of {len(action):,} rows have ids that the label map lacks, and are not scored: "
@@ -336,14 +340,15 @@ def _check_classes(case: _Case) -> Iterator[Finding]:
   label_map = case.bench.label_map
   name = lambda index: f"{index} ({label_map[index]})"  # noqa: E731
   best, on_person, right = _best_actions(case)
-  best = best[on_person]
+  video, best = best.video[on_person], best.action[on_person]
   scored = case.truth.action[np.isin(case.truth.action, list(label_map))]
   annotated, detected = (set(np.unique(file.rows.action).tolist()) for file in (case.bench.truth, case.bench.found))
   if not case.plan.labels:
     empty = [index for index in sorted(label_map) if index not in annotated]
-    # A good model would not see a class again and again that is not there.
+    # A good model would not see a class in video after video that is not there.
     is_good = right.sum() > 0.3 * np.isin(best, sorted(annotated)).sum()
-    frequent = [c for c in empty if is_good and np.count_nonzero(best == c) >= max(10, 0.05 * len(best))]
+    videos = {c: len(np.unique(video[best == c])) for c in empty if np.count_nonzero(best == c) > 0.05 * len(best)}
+    frequent = [c for c in videos if is_good and videos[c] >= max(3, len(np.unique(video)) / 2)]
     if not scored.size:
       yield Finding(
         "no annotation has a class of the label map",
@@ -379,8 +384,8 @@ def _check_classes(case: _Case) -> Iterator[Finding]:
     )
 
 
-def _best_actions(case: _Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """For each box the action of the best score, whether it is on a person, and whether that person does this."""
+def _best_actions(case: _Case) -> tuple[Rows, np.ndarray, np.ndarray]:
+  """For each box the row of the best score, whether it is on a person, and whether that person does this."""
   best = case.found.select(best_of_box(case.found))
   truth_keyframe, keyframe = keyframe_ids(case.truth, best)
   factor = 1 + max(case.truth.action.max(), best.action.max(initial=0))
@@ -389,7 +394,7 @@ def _best_actions(case: _Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     truth_group, group = truth_keyframe * factor + truth_action, keyframe * factor + action
     return best_overlaps(truth_group, case.truth.boxes, group, best.boxes)[0] >= 0.5
 
-  return best.action, overlaps(0, 0), overlaps(case.truth.action, best.action)
+  return best, overlaps(0, 0), overlaps(case.truth.action, best.action)
 
 
 def _check_scores(case: _Case) -> Iterator[Finding]:
@@ -470,7 +475,7 @@ def _check_order(case: _Case) -> Iterator[Finding]:
     "drop boxes and actions of low score, or suppress overlapping boxes; other protocols have no such limit",
     case.mean_ap,
     free,
-    note=free < 1.1 * case.mean_ap + 0.01,
+    note=free < 1.25 * case.mean_ap + 0.03,
   )
 
 
@@ -503,14 +508,14 @@ def _check_excluded(case: _Case) -> Iterator[Finding]:
 
 def _check_model(case: _Case) -> Iterator[Finding]:
   """How good boxes and actions are, which explains the mAP where the files are as they should be."""
-  best, on_person, right = _best_actions(case)
-  if not len(best):
+  _, on_person, right = _best_actions(case)
+  if not len(right):
     return
   covered = case.bench.fit(case.plan) >= 0.5
   yield Finding(
     "how good the detections are",
     f"{percent(np.mean(covered))} of the annotated people are found (IoU 0.5), {percent(np.mean(on_person))} of the "
-    f"{len(best):,} detected boxes are on people, and of these the best action is right for "
+    f"{len(right):,} detected boxes are on people, and of these the best action is right for "
     f"{percent(right.sum() / max(on_person.sum(), 1))}",
     "the lowest of the three is what to work at",
     note=True,

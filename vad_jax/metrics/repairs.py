@@ -82,8 +82,8 @@ def search(bench: Bench) -> Plan:
     key=lambda plan: bench.result(plan)[0],
   )
   for field in reversed(Plan._fields):
-    if getattr(plan, field) and not _helps(field, plan, bench):
-      plan = plan._replace(**{field: None})
+    while (repair := getattr(plan, field)) and not _helps(field, plan, bench):
+      plan = plan._replace(**{field: repair.simpler})
   return plan
 
 
@@ -106,23 +106,24 @@ def _fits_better(fit: np.ndarray, other: np.ndarray) -> bool:
 
 def _helps(field: str, plan: Plan, bench: Bench) -> bool:
   """Whether a repair of the plan raises mAP, or AP of people, by more than chance would."""
-  repair, without = getattr(plan, field), plan._replace(**{field: None})
-  if repair.certain:
+  repair = getattr(plan, field)
+  if repair.certain and not repair.simpler:
     return True
+  without = plan._replace(**{field: repair.simpler})
   (mean_ap, person), (mean_ap_without, person_without) = bench.result(plan), bench.result(without)
   if field in ("clock", "boxes"):
     # Any boxes may fit better than none or misshapen ones: they must fit the people of their own keyframe best.
     least, shift = (0.02, 7) if field == "clock" else (0.05, len(bench.sample) // 2)
     fits_here = _fits_better(bench.fit(plan), bench.fit(plan, shift=shift))
     return person > person_without + least and fits_here
-  chance = max(0.01, 0.6 / math.sqrt(max(len(bench.rows(plan)[0].video), 1)))
-  if mean_ap < mean_ap_without + chance:
+  if mean_ap < mean_ap_without + max(0.01, 0.8 / math.sqrt(bench.num_independent)):
     return False
   if field == "labels":
     return mean_ap > 2 * mean_ap_without
-  # Right detections must have ranked low in their class before, by more than four standard deviations.
+  # Right detections must have ranked low in their class before, by more than three standard deviations.
   rank, num_right = bench.skill(plan)
-  return mean_ap > 1.2 * mean_ap_without and (rank - 0.5) * math.sqrt(12 * num_right) > 4
+  num_right = num_right * bench.num_independent / len(bench.person)
+  return mean_ap > 1.2 * mean_ap_without and (rank - 0.5) * math.sqrt(12 * num_right) > 3
 
 
 # --- names of videos ------------------------------------------------------------------------------------------
@@ -315,15 +316,21 @@ def _repair_boxes(bench: Bench, plan: Plan) -> Iterator[Repair]:
   if not len(rows.video) or not len(truth.video):
     return
   frame = extent(truth.boxes)
+  in_pixels = max(frame.max(), extent(rows.boxes).max()) > 2
   frame = np.where(frame > 2, frame, 1.0)  # the ground truth may be in pixels itself
   now = _plausible(rows.boxes / np.tile(frame, 2))
+  of_unit: dict[int, Repair] = {}
   for layout, (to_xyxy, program) in _LAYOUTS.items():
     boxes = to_xyxy(rows.boxes)
-    for sizes in (None, *_sizes(rows._replace(boxes=boxes), truth, len(bench.truth.names))):
-      scaled = boxes if sizes is None else boxes / np.tile(sizes[rows.video], 2)
-      plausible = _plausible(scaled / np.tile(frame, 2))
-      if (program or sizes is not None) and plausible > max(0.9, now - 0.02):
-        yield _boxes(bench, layout, sizes)
+    sizes = _sizes(rows._replace(boxes=boxes), truth, len(bench.truth.names)) if in_pixels else ()
+    for index, size in enumerate((None, *sizes)):
+      scaled = boxes if size is None else boxes / np.tile(size[rows.video], 2)
+      if program or size is not None:
+        repair = _boxes(bench, layout, size, of_unit.get(index))
+        if not program:
+          of_unit[index] = repair
+        if _plausible(scaled / np.tile(frame, 2)) > max(0.9, now - 0.02):
+          yield repair
   inverted = np.mean((truth.boxes[:, :2] > truth.boxes[:, 2:]).any(axis=1))
   for layout, (to_xyxy, program) in list(_LAYOUTS.items())[2:]:
     if inverted > 0.01 and _plausible(to_xyxy(truth.boxes) / np.tile(frame, 2)) > 0.9:
@@ -350,9 +357,8 @@ def _plausible(boxes: np.ndarray) -> float:
 
 def _sizes(rows: Rows, truth: Rows, num_videos: int) -> Iterator[np.ndarray]:
   """Sizes by which the detections may have to be divided, ``[V + 1, 2]`` width and height; the last for others."""
-  found_extent, truth_extent = extent(rows.boxes), extent(truth.boxes)
-  whole = found_extent / np.maximum(truth_extent, 1e-6)
-  if max(found_extent.max(), truth_extent.max()) < 2 or ((whole > 0.5) & (whole < 2)).all():
+  whole = extent(rows.boxes) / np.maximum(extent(truth.boxes), 1e-6)
+  if ((whole > 0.5) & (whole < 2)).all():
     return
   yield np.tile(_usual(whole), (num_videos + 1, 1))
   each = np.tile(_usual(whole), (num_videos + 1, 1))
@@ -369,7 +375,7 @@ def _usual(size: np.ndarray) -> np.ndarray:
   return np.where(np.abs(nearest / size - 1) < 0.04, nearest, size)
 
 
-def _boxes(bench: Bench, layout: str, sizes: np.ndarray | None) -> Repair:
+def _boxes(bench: Bench, layout: str, sizes: np.ndarray | None, simpler: Repair | None) -> Repair:
   """The repair of a layout, of a unit (where sizes are given), or of both."""
   to_xyxy, program = _LAYOUTS[layout]
   found, truth = (file.rows.boxes[~np.isnan(file.rows.boxes[:, 0])] for file in (bench.found, bench.truth))
@@ -401,7 +407,13 @@ def _boxes(bench: Bench, layout: str, sizes: np.ndarray | None) -> Repair:
     return rows._replace(boxes=boxes if sizes is None else boxes / np.tile(sizes[rows.video], 2))
 
   return Repair(
-    " and ".join(names), "; ".join(evidence), fix, (filters[0], filters[1]), certain=sizes is not None, advice=advice
+    " and ".join(names),
+    "; ".join(evidence),
+    fix,
+    (filters[0], filters[1]),
+    simpler=simpler,
+    certain=sizes is not None,
+    advice=advice,
   )
 
 

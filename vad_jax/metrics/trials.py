@@ -42,6 +42,7 @@ class Repair(NamedTuple):
     filters: shell commands that repair the lines of the file of detections and of ground truth; empty where a file
       is right as it is.
     of_truth: `fix` is for the ground truth.
+    simpler: a repair that does less and must be beaten.
     certain: the numbers speak for it even where mAP is no better without it.
     advice: what to know about the cure.
   """
@@ -51,6 +52,7 @@ class Repair(NamedTuple):
   fix: Callable[[Rows], Rows]
   filters: tuple[str, str]
   of_truth: bool = False
+  simpler: "Repair | None" = None
   certain: bool = False
   advice: str = ""
 
@@ -98,7 +100,8 @@ class Bench:
     rows_of_keyframe: number of detections of each.
     annotated: `keyframe_key` of all annotated keyframes, sorted.
     sample: those that repairs are tried on.
-    video_of_person: ``[P]`` for each annotated person of the sample.
+    video_of_person: ``[P]`` for each annotated person of the sample, once a keyframe.
+    person: ``[P]`` their ids.
   """
 
   def __init__(self, truth: File, found: File, label_map: dict[int, str]) -> None:
@@ -123,8 +126,14 @@ class Bench:
     people = np.column_stack([keyframe_key(self._truth), self._truth.boxes])
     _, people = np.unique(people, axis=0, return_index=True)
     self._people = people[~np.isnan(self._truth.boxes[people, 0])]
-    self.video_of_person = self._truth.video[self._people]
+    self.video_of_person, self.person = self._truth.video[self._people], self._truth.extra[self._people]
     self._results: dict[Plan, tuple[float, float]] = {}
+
+  @property
+  def num_independent(self) -> int:
+    """How many people there are really, where ids tell: someone who stays is seen in many keyframes."""
+    people = np.unique(np.column_stack([self.video_of_person, self.person]), axis=0)
+    return max(len(people), len(self.person) // 20, 1)
 
   def keys(self, plan: Plan) -> Rows:
     """The detections' keyframes, repaired; ``video`` is an index of the ground truth's names, -1 for others."""
