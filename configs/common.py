@@ -45,8 +45,10 @@ def base() -> Config:
   config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that are left
   config.sharding = "replicate"  # or "fsdp"
 
+  # protocol: how AVA's evaluators differ, see vad_jax.metrics.protocols.
   # score: "product" of actor and action, or "action" alone; persons below actor_threshold say nothing then.
-  config.eval = ConfigDict({"every_epochs": 1.0, "score": "product", "actor_threshold": 0.0, "score_threshold": 0.0})
+  config.eval = ConfigDict({"every_epochs": 1.0, "protocol": "activitynet", "score": "product"})
+  config.eval.update({"actor_threshold": 0.0, "score_threshold": 0.0})
   config.log = ConfigDict({"every_steps": 50})
   config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2})
   return config.lock()

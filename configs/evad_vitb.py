@@ -62,7 +62,7 @@ def get_config(arg: str | None = None) -> common.Config:
       "warmup_learning_rate": 2.5e-6,
     }
   )
-  config.eval = ConfigDict({"every_epochs": 1.0, "score": "action", "actor_threshold": 0.7, "score_threshold": 0.0})
+  config.eval.score, config.eval.actor_threshold = "action", 0.7
   if options.tiny:
     config.model.variant = "tiny"
     config.num_steps = 4

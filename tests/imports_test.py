@@ -25,7 +25,7 @@ ALLOWED = {
   "checkpoint": {"models", "optim"},
   "torch_files": set(),
   "weight_files": {"torch_files"},
-  "convert": {"models", "backbones", "checkpoint", "weight_files"},
+  "convert": {"models", "backbones", "layers", "checkpoint", "weight_files"},
   "papers": set(),
   "describe": {"models", "checkpoint", "papers"},
   "train": {"checkpoint", "optim", "sharding", "ops"},

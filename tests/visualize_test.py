@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vad_jax import visualize
-from vad_jax.visualize import color_of, contact_sheet, draw_detections, side_by_side, upscale
+from vad_jax.visualize import color_of, contact_sheet, draw_detections, upscale
 
 _CAPTION = ["talk to (e.g., self, a person, a group) 0.71", "stand 0.98"]
 
@@ -115,7 +115,6 @@ def test_input_is_not_modified_and_output_is_no_view():
   assert not np.shares_memory(image, frame)
   assert (image != frame).any()
   assert np.array_equal(draw_detections(frame, np.zeros((0, 4)), []), frame)
-  side_by_side(frame, image)
   upscale(frame)
 
 
@@ -146,16 +145,6 @@ def test_upscale():
   assert upscale(_frame(160, 90), 180).shape == (320, 180, 3)
   large = _frame(360, 400)
   assert upscale(large) is large
-
-
-def test_side_by_side_shows_both_whole():
-  left, right = _frame(120, 160, 50), _frame(120, 160, 200)
-  image = side_by_side(left, right)
-  assert (image == 50).all(-1).sum() >= left[..., 0].size
-  assert (image == 200).all(-1).sum() >= right[..., 0].size
-  _, texts = _captions(lambda: side_by_side(left, right))
-  assert [text[-1] for text in texts] == ["Ground truth", "Detections"]
-  _assert_inside([], texts, 120, 160)
 
 
 def test_contact_sheet_places_frames_of_all_sizes():

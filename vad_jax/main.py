@@ -29,12 +29,13 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from vad_jax import checkpoint, convert, datasets, models, optim, predict, sharding, visualize
-from vad_jax.annotations import Rows, write_ava_csv
+from vad_jax.annotations import write_ava_csv
 from vad_jax.datasets.augment import Augment
 from vad_jax.datasets.loader import ClipSpec, KeyframeDataset, eval_batches, train_batches
 from vad_jax.datasets.video import video_files
 from vad_jax.evaluate import Evaluation, evaluate
-from vad_jax.metrics.report import write_report
+from vad_jax.metrics.analysis import analyse
+from vad_jax.metrics.report import scalars, write_report
 from vad_jax.train import NonFiniteError, PredictFn, Result, make_predict, train
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes a type checker cannot know
@@ -56,7 +57,6 @@ _FREE_KEYS = (
   "data.workers",
   "matcher",
 )
-_NUM_EXAMPLES = 6
 
 
 def main(argv: list[str]) -> int:
@@ -223,7 +223,10 @@ def _train(
   def evaluate_during(predict_fn: PredictFn, should_stop: Any) -> dict[str, float] | None:
     label_map = sets["train"].label_map
     result = _evaluate(config, mesh, local_batch, sets["val"], label_map, predict_fn, should_stop)
-    return result and result.metrics
+    if result is None:
+      return None
+    analysis = analyse(result.ground_truth, result.detections, label_map, protocol=config.eval.protocol)
+    return {**scalars(analysis), **result.metrics}
 
   with (
     checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
@@ -281,6 +284,7 @@ def _evaluate(
     eval_batches(dataset, batch_size=local_batch, **_loading(config)),
     label_map,
     mesh=mesh,
+    protocol=config.eval.protocol,
     score=config.eval.score,
     actor_threshold=config.eval.actor_threshold,
     score_threshold=config.eval.score_threshold,
@@ -326,17 +330,21 @@ def _write_results(
   source = _held_out_video(sets["val"])
   video = source and predict.predict_video(loaded, source, workdir / "videos", stride=0.25).video
   labels = sum((keyframe.labels.sum(0) for keyframe in sets["train"].keyframes), np.zeros(sets["train"].num_classes))
+  protocol = config.eval.protocol
+  analysis = analyse(evaluation.ground_truth, evaluation.detections, label_map, protocol=protocol)
   numbers = {**numbers, "wall_seconds": time.perf_counter() - begun}
   write_report(
     workdir / "report.html",
+    analysis,
     title=workdir.resolve().name,
-    metrics=numbers,
-    frame_map=evaluation.frame_map,
     label_map=label_map,
+    facts={"protocol": protocol, "data set": config.data.name},
+    metrics=numbers,
     train_counts={index: int(labels[index - 1]) for index in label_map},
-    examples=_examples(sets["val"], evaluation, label_map),
+    frames=lambda video, time: visualize.upscale(sets["val"].frames.frames(video, [time])[0]),
     video=video,
     config=json.loads(config.to_json_best_effort()),
+    warnings=evaluation.frame_map.differences(),
   )
   ap = {label_map[index]: value for index, value in evaluation.frame_map.ap.items() if np.isfinite(value)}
   (workdir / "metrics.json").write_text(json.dumps({**numbers, "ap": ap}, indent=2) + "\n")
@@ -362,40 +370,6 @@ def _held_out_video(dataset: KeyframeDataset) -> Path | None:
     if (parent / "videos" / "val").is_dir():
       return video_files(parent / "videos" / "val").get(dataset.keyframes[len(dataset) // 2].video)
   return None
-
-
-def _examples(
-  dataset: KeyframeDataset, evaluation: Evaluation, label_map: dict[int, str]
-) -> list[tuple[str, np.ndarray]]:
-  """Some keyframes with people, annotated and detected boxes drawn side by side."""
-  peopled = [index for index, keyframe in enumerate(dataset.keyframes) if len(keyframe.boxes)]
-  step = max(len(peopled) / _NUM_EXAMPLES, 1)
-  chosen = [peopled[int(index * step)] for index in range(min(len(peopled), _NUM_EXAMPLES))]
-  pictures = []
-  for keyframe in (dataset.keyframes[index] for index in chosen):
-    frame = visualize.upscale(dataset.frames.frames(keyframe.video, [keyframe.timestamp])[0])
-    names = [[name for k, name in label_map.items() if labels[k - 1]] for labels in keyframe.labels]
-    truth = visualize.draw_detections(frame, keyframe.boxes, names)
-    found = visualize.draw_detections(frame, *_confident(evaluation, keyframe.video, keyframe.timestamp, label_map))
-    pictures.append((f"{keyframe.video} at {keyframe.timestamp:g} s", visualize.side_by_side(truth, found)))
-  return pictures
-
-
-def _confident(
-  evaluation: Evaluation, video: str, timestamp: float, label_map: dict[int, str]
-) -> tuple[np.ndarray, list[list[str]]]:
-  """Boxes of a keyframe whose actor score is at least 0.5, with their actions of at least 0.3."""
-
-  def of_keyframe(rows: Rows, threshold: float) -> Rows:
-    return rows.select((rows.video == video) & (rows.timestamp == timestamp) & (rows.extra >= threshold))
-
-  persons, actions = of_keyframe(evaluation.persons, 0.5), of_keyframe(evaluation.detections, 0.3)
-  captions = []
-  for box in persons.boxes:
-    own = actions.select((actions.boxes == box).all(-1))
-    best = np.argsort(-own.extra)[:3]
-    captions.append([f"{label_map[int(own.action[row])]} {own.extra[row]:.2f}" for row in best])
-  return persons.boxes, captions
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -107,13 +107,6 @@ def upscale(frame: np.ndarray, min_short_side: int = 360) -> np.ndarray:
   return cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def side_by_side(
-  left: np.ndarray, right: np.ndarray, titles: tuple[str, str] = ("Ground truth", "Detections")
-) -> np.ndarray:
-  """Two frames next to each other, each under its title."""
-  return contact_sheet([[_titled(left, titles[0]), _titled(right, titles[1])]])
-
-
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]], gap: int = 8) -> np.ndarray:
   """Rows of frames on one picture; small frames are centred in their cell, rows may differ in length.
 
@@ -250,11 +243,3 @@ def _write(image: np.ndarray, block: _Block, area: tuple[int, int, int, int], co
     baseline = block.pad + round((index + 0.78) * block.line_height)
     cv2.putText(blended, line, (2 * block.pad, baseline), _FONT, block.scale, pen, _weight(block.scale), cv2.LINE_AA)
   plate[:] = blended
-
-
-def _titled(frame: np.ndarray, title: str) -> np.ndarray:
-  block = _fit([title], *frame.shape[:2])
-  bar = np.full((block.height + 2 * block.pad, frame.shape[1], 3), _BACKGROUND, np.uint8)
-  baseline = 2 * block.pad + round(0.78 * block.line_height)
-  cv2.putText(bar, title, (block.pad, baseline), _FONT, block.scale, _TEXT, _weight(block.scale), cv2.LINE_AA)
-  return np.concatenate([bar, frame])

@@ -40,6 +40,7 @@ class ViT(nnx.Module):
     trained_side: int = 14,
     stem: Literal["patch", "convolution"] = "patch",
     drop_path: float = 0.0,
+    remat: bool = False,
     dtype: jnp.dtype | None = None,
     rngs: nnx.Rngs,
   ):
@@ -53,10 +54,11 @@ class ViT(nnx.Module):
       trained_side: tokens a side of the grid whose position table is resized to other grids (14 for 224 pixels).
       stem: published patch embedding, or overlapping convolutions.
       drop_path: rate of the last block; it grows linearly from 0.
+      remat: recompute blocks in the backward pass instead of storing their activations.
       dtype: computation type; None follows the parameters.
       rngs: source of the initial parameters.
     """
-    self.width, self.patch, self.trained_side = width, patch, trained_side
+    self.width, self.patch, self.trained_side, self.remat = width, patch, trained_side, remat
     if stem == "patch":
       self.patch_embed = PatchEmbed(width, patch, dtype=dtype, rngs=rngs)
     else:
@@ -64,6 +66,15 @@ class ViT(nnx.Module):
     rates = np.linspace(0, drop_path, depth)
     self.blocks = nnx.List([Block(width, heads, drop_path=float(rate), dtype=dtype, rngs=rngs) for rate in rates])
     self.norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+
+  def __call__(self, video: Array, rngs: nnx.Rngs | None = None) -> Array:
+    """Normalised video ``[B, T, H, W, 3]`` to normed tokens ``[B, t, h, w, C]``."""
+    tokens = self.embed(video)
+    x = tokens.reshape(len(tokens), -1, self.width)
+    run = nnx.remat(Block.__call__) if self.remat else Block.__call__
+    for block in self.blocks:
+      x = run(block, x, rngs)
+    return self.norm(x).reshape(tokens.shape)
 
   def embed(self, video: Array) -> Array:
     """Normalised video ``[B, T, H, W, 3]`` to tokens with positions ``[B, t, h, w, C]``.

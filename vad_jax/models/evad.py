@@ -215,7 +215,8 @@ class EVAD(nnx.Module):
     places = Places(jnp.tile(real, (1, t)), (t, h, w), protected)
     if self.pruning == "random" and self.keep_rate < 1:
       key = rngs.dropout() if rngs is not None else jax.random.key(0)
-      x = places.keep(x, jax.random.uniform(key, (batch, t * h * w)), self.keep_rate)
+      count = h * w + (t - 1) * num_kept(h * w, self.keep_rate)  # of every slice but the keyframe's
+      x = places.keep(x, jax.random.uniform(key, (batch, t * h * w)), count)
 
     out.update(tokens_in=x, block_tokens=[], kept=places.history, importance=[], dropped_tokens=places.dropped)
     maps = []
@@ -226,7 +227,7 @@ class EVAD(nnx.Module):
       x, importance = self.maybe_remat(Block.attention)(block, x, rngs, mask, weight)
       if prune:
         out["importance"].append(importance)
-        x = places.keep(x, importance, self.keep_rate)
+        x = places.keep(x, importance, num_kept(x.shape[1], self.keep_rate))
       x = self.maybe_remat(Block.feed_forward)(block, x, rngs)
       out["block_tokens"].append(x)
       if index in self.sizes.fpn_at:
@@ -317,8 +318,8 @@ class EVAD(nnx.Module):
     last = out["boxes"].shape[0] - 1
     for layer in range(last + 1):
       suffix = "" if layer == last else f"_{layer}"
-      person = match[layer].any(-1)
-      terms["loss_person" + suffix] = 2 * losses.person_cross_entropy(out["person_logits"][layer], person, real[:, None])
+      person = losses.person_cross_entropy(out["person_logits"][layer], match[layer].any(-1), real[:, None])
+      terms["loss_person" + suffix] = 2 * person
       terms["loss_box" + suffix] = 5 * losses.masked_sum(l1[layer], match[layer]) / num_actors
       terms["loss_giou" + suffix] = 2 * losses.masked_sum(1 - giou[layer], match[layer]) / num_actors
     matched = match[last].any(-1)
@@ -349,6 +350,11 @@ class EVAD(nnx.Module):
 # --- Parts of the network -------------------------------------------------------------------------------------------
 
 
+def num_kept(tokens: int, rate: float) -> int:
+  """How many of so many tokens a pruning keeps."""
+  return math.ceil(rate * tokens)
+
+
 class Places:
   """Where each token of the stream came from, while tokens are dropped.
 
@@ -368,9 +374,9 @@ class Places:
     self.history: list[Array] = []
     self.dropped: list[tuple[Array, ...]] = []
 
-  def keep(self, x: Array, importance: Array, rate: float) -> Array:
-    """Keeps the most important ``ceil(rate * tokens)`` tokens, protected ones included, in descending order."""
-    count = max(math.ceil(rate * x.shape[1]), self.protected)
+  def keep(self, x: Array, importance: Array, count: int) -> Array:
+    """Keeps ``count`` tokens: the protected ones, then the most important others in descending order."""
+    count = max(count, self.protected)
     if count < x.shape[1]:
       ranked = jnp.where(self.mask, importance, -1)[:, self.protected :]
       order = jax.lax.top_k(ranked, ranked.shape[1])[1] + self.protected
@@ -590,6 +596,5 @@ def reference_arguments(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
   fitting = [name for name, v in VARIANTS.items() if (v.width, v.depth, v.decoder_width) == wanted]
   if not fitting:
     raise ValueError(f"no variant of EVAD has width {wanted[0]}, depth {wanted[1]} and decoder width {wanted[2]}")
-  num_classes, _ = shapes["det_head.decoder.blocks.0.action_logits.weight"]
-  num_queries, _ = shapes["init_proposal_features.weight"]
-  return {"variant": fitting[0], "num_classes": num_classes, "num_queries": num_queries}
+  num_classes = shapes["det_head.decoder.blocks.0.action_logits.weight"][0]
+  return {"variant": fitting[0], "num_classes": num_classes, "num_queries": shapes["init_proposal_features.weight"][0]}
