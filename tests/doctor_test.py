@@ -189,7 +189,7 @@ def test_mistake_is_named_and_the_commands_repair_it(case, tmp_path, monkeypatch
       for name in ("truth_repaired.csv", "found_repaired.csv")
     ]
     assert len(diagnosis.commands) == sum("repaired" in name for name in repaired) > 0
-    again = doctor.diagnose(*map(trials.read, repaired), LABEL_MAP)
+    again = doctor.diagnose(trials.read(repaired[0]), trials.read(repaired[1]), LABEL_MAP)
     assert wrong(again) == []
     assert again.mean_ap == pytest.approx(healthy.mean_ap, abs=0.02)
 
@@ -281,13 +281,24 @@ def test_more_rows_than_the_protocol_scores():
   assert diagnosis.findings[0].after == pytest.approx(examine(truth, found).mean_ap, abs=0.03)
 
 
+def test_order_of_rows_is_a_note():
+  truth, found = make_movies()
+  worse = found._replace(boxes=found.boxes * 0.98, extra=found.extra * 0.5)
+  diagnosis = examine(truth, Rows(*map(np.concatenate, zip(worse, found, strict=True))))
+  noted = {finding.name: finding for finding in diagnosis.findings}
+  finding = noted["detections of a keyframe are not in order of their scores"]
+  assert finding.note and finding.before is not None and finding.before < (finding.after or 0)
+  assert wrong(diagnosis) == []
+
+
 def test_excluded_keyframes():
   truth, found = make_movies()
   excluded = {(str(video), float(second)) for video in set(truth.video) for second in range(905, 920)}
   lost = np.array([(video, second) in excluded for video, second in zip(found.video, found.timestamp, strict=True)])
   diagnosis = examine(truth, found.select(~lost), excluded=excluded)
   assert wrong(diagnosis) == ["excluded keyframes are scored"]
-  assert diagnosis.findings[0].after > diagnosis.findings[0].before + 0.1
+  finding = diagnosis.findings[0]
+  assert finding.before is not None and finding.after is not None and finding.after > finding.before + 0.1
   assert wrong(examine(truth, found, excluded=excluded)) == []
 
 

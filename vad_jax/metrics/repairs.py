@@ -122,7 +122,7 @@ def _helps(field: str, plan: Plan, bench: Bench) -> bool:
     return mean_ap > 2 * mean_ap_without
   # Right detections must have ranked low in their class before, by more than three standard deviations.
   rank, num_right = bench.skill(plan)
-  num_right = num_right * bench.num_independent / len(bench.person)
+  num_right = num_right * bench.num_independent / max(len(bench.person), 1)
   return mean_ap > 1.2 * mean_ap_without and (rank - 0.5) * math.sqrt(12 * num_right) > 3
 
 
