@@ -61,7 +61,7 @@ def test_extracted_frames_follow_the_official_rule(tmp_path, capsys, layout, fol
     write_frames(source / folder / video, pattern.format(video=video))
   write_annotations(source / "annotations")
   found = run(source, tmp_path / "out" / "ava")
-  assert found["layout"] == [layout] and found["annotations"] == "2.2" and len(found["sha256"]) == 4
+  assert found["layout"] == layout and found["annotations"] == "2.2" and len(found["sha256"]) == 4
   sets = datasets.load("ava", tmp_path / "out", clip=ClipSpec(16, 4, 30))
   for split, video in (("train", TRAIN), ("val", VAL)):
     times = [k.timestamp for k in sets[split].keyframes]
@@ -93,7 +93,7 @@ def test_videos_are_read_at_the_seconds_of_the_movie(tmp_path, layout, suffix):
     (source / "videos").mkdir(parents=True, exist_ok=True)
     (source / "videos" / f"{video}.{suffix}").write_bytes(mp4.read_bytes())
   write_annotations(source, seconds=(899, 900, 959, 1300, 1799, 1805))
-  assert run(source, tmp_path / "out" / "ava")["layout"] == [layout]
+  assert run(source, tmp_path / "out" / "ava")["layout"] == layout
   sets = datasets.load("ava", tmp_path / "out", clip=ClipSpec(5, 30, 30))
   found = {k.timestamp: numbered_video.numbers(sets["val"][i]["video"]) for i, k in enumerate(sets["val"].keyframes)}
   assert list(found) == [900, 959, 1300, 1799]  # what is not annotated has no frames
@@ -221,20 +221,42 @@ def test_the_majority_decides_what_videos_are(source, capsys, tmp_path):
   write_video(source / "broken_off.mp4", 0, 500)
   with open(source / "annotations" / "ava_val_v2.2.csv", "a") as file:
     file.write("broken_off,0901,0.1,0.2,0.5,0.9,12,2\n")
-  assert run(source, tmp_path / "out")["layout"] == ["movies"]
+  assert run(source, tmp_path / "out")["layout"] == "movies"
   (note,) = problems_of(tmp_path / "out")["notes"]["videos of another length than the rest, left out"].values()
   assert "broken_off.mp4: 500 s, but most files are movies; --layout forces it" in note
-  assert run(source, tmp_path / "forced", "--layout", "cuts")["layout"] == ["cuts"]
+  assert run(source, tmp_path / "forced", "--layout", "cuts")["layout"] == "cuts"
   frames = RecordFrames(tmp_path / "forced" / "records" / "val")
   assert numbered_video.numbers(frames.frames("broken_off", [950.0])) == [50]
   assert "none of the 3 annotated videos is here in the layout acar" in fails(capsys, source, "--layout", "acar")
+
+
+def test_unreadable_videos_cost_no_more_than_themselves(source, tmp_path, capsys):
+  shutil.rmtree(source / "rawframes")
+  names = (TRAIN, VAL, "empty", "text", "cut_short", "short")
+  for name in names:
+    numbered_video.write(source / "videos_15min" / f"{name}.mp4", 4 if name == "short" else 120, fps=30)
+  (source / "videos_15min" / "empty.mp4").write_bytes(b"")
+  (source / "videos_15min" / "text.mp4").write_text("<html>not found</html>")
+  whole = (source / "videos_15min" / "cut_short.mp4").read_bytes()
+  (source / "videos_15min" / "cut_short.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+  rows = [f"{name},{time},0.1,0.2,0.5,0.9,12,2\n" for name in names for time in (900, 902)]
+  (source / "annotations" / "ava_val_v2.2.csv").write_text("".join(rows))
+  run(source, tmp_path / "out")
+  found = problems_of(tmp_path / "out")
+  assert list(found["notes"]["videos that cannot be read, left out"]) == ["empty", "text"]
+  assert found["counts"]["keyframes without frames, left out"]["short"] == 1
+  assert 0 < found["counts"]["frames damaged or missing, the nearest stand in"]["cut_short"] < 120
+  dataset = datasets.open_directory(tmp_path / "out", clip=ClipSpec(4, 2, 30))["val"]
+  kept = {(k.video, k.timestamp): numbered_video.numbers(dataset[i]["video"]) for i, k in enumerate(dataset.keyframes)}
+  assert kept["short", 900] == [0, 0, 0, 2]  # its own frames, repeated
+  assert kept[VAL, 902] == [56, 58, 60, 62]
 
 
 def test_one_split_alone_is_prepared(source, tmp_path):
   shutil.rmtree(source / "rawframes" / TRAIN)
   run(source, tmp_path / "out")
   assert list(datasets.open_directory(tmp_path / "out")) == ["val"]
-  assert "splits without videos, left out" in problems_of(tmp_path / "out")["notes"]
+  assert "splits left out" in problems_of(tmp_path / "out")["notes"]
 
 
 def test_proposals_of_both_forms_become_one(source, tmp_path):

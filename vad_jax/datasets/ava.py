@@ -61,34 +61,36 @@ def read(
     VideoError: no video that the annotations name is there.
   """
   version, files = _annotation_files(annotation_dir or source, version)
-  tables = {}
-  for split in SPLITS:
-    if split in files:
-      rows = annotations.read_ava_csv(files[split])
-      tables[split] = source_set.clean(rows, files[split], problems, num_classes=NUM_CLASSES, lines=True)
-  ids = {split: dict.fromkeys(rows.video.tolist()) for split, rows in tables.items()}
+  rows = {
+    split: source_set.clean(
+      annotations.read_ava_csv(files[split]), files[split], problems, num_classes=NUM_CLASSES, lines=True
+    )
+    for split in SPLITS
+    if split in files
+  }
+  ids = {split: dict.fromkeys(table.video.tolist()) for split, table in rows.items()}
   videos, layouts = _find_videos(source, set().union(*ids.values()), layout, problems)
   sources = {split: {video: videos[video] for video in ids[split] if video in videos} for split in ids}
-  for split in list(sources):
-    if not sources[split]:
-      problems.explain("splits without videos, left out", {split: f"none of the {len(ids[split])} videos of {split}"})
-      del sources[split], tables[split]
+  absent = {
+    split: f"{split}: none of its videos is here" if split in files else f"{split}: no ava_{split}_v{version}.csv"
+    for split in SPLITS
+    if not sources.get(split)
+  }
+  problems.explain("splits left out", absent)
+  tables = {split: rows[split] for split in SPLITS if split not in absent}
   for split in list(tables):
     if path := files.get(f"{split}_excluded"):
       annotations.read_excluded(path)  # complains where it is none
       tables[f"{split}_excluded"] = annotations.read_ava_csv(path)
   for path in proposal_files:
     _add_proposals(path, ids, tables, problems)
-  for split in SPLITS:
-    if split not in files:
-      problems.explain("splits without annotations, left out", {split: f"no ava_{split}_v{version}.csv"})
   made_from = {
     "annotations": version,
-    "layout": layouts,
+    "layout": ", ".join(layouts),
     "sha256": {path.name: source_set.fingerprint(path) for path in (*files.values(), *proposal_files)},
   }
-  label_map = annotations.read_label_map("ava_60")
-  return SourceSet("ava", made_from, label_map, tables, sources)
+  here = {split: found for split, found in sources.items() if found}
+  return SourceSet("ava", made_from, annotations.read_label_map("ava_60"), tables, here)
 
 
 def _annotation_files(folder: Path, version: str | None) -> tuple[str, dict[str, Path]]:
@@ -134,9 +136,8 @@ def _find_videos(
       f"{source}: none of the {len(ids)} annotated videos is here{wanted}; expected <video>.mkv, .mp4 or .webm, or "
       "<video>/ with images, up to three folders below"
     )
-  missing = {
-    video: f"{video}: no frames" for video in sorted(ids - set(found) - set(problems.notes.get(_ODD_LENGTH, ())))
-  }
+  told = problems.notes.get(_ODD_LENGTH, {}).keys()
+  missing = {video: f"{video}: no frames" for video in sorted(ids - found.keys() - told)}
   problems.explain("annotated videos that are not here, left out", missing)
   return found, layouts
 

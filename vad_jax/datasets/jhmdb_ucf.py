@@ -87,15 +87,16 @@ def _find_videos(
   """Frames of each video, and the folder below the source that holds most of them."""
   best: dict[str, _Found] = {}
   layout = ""
-  # Folders of extracted frames are looked at before those of video files, which win only where they hold more.
-  for read in (_frame_folders, _video_files):
-    for base in _bases(source):
-      found = read(base, names, fps)
+  bases = _bases(source, {Path(name).parent for name in names})
+  # Folders of extracted frames are looked at before video files, which win only where they are more.
+  for look in (_frame_folders, _video_files):
+    for base in bases:
+      found = look(base, names, fps or _FRAMES_FPS)
       if len(found) > len(best):
         best, layout = found, base.relative_to(source).as_posix()
   if not best:
     raise VideoError(
-      f"{source}: none of the {len(names)} annotated videos is here, like {names[0] if names else '?'}; expected "
+      f"{source}: none of the {len(names)} annotated videos is here, like {next(iter(names), '?')}; expected "
       "<class>/<clip>/00001.jpg (or .png), or <class>/<clip>.avi, at most two folders below"
     )
   missing = {name: f"{name}: no frames" for name in names if name not in best}
@@ -103,26 +104,26 @@ def _find_videos(
   return best, layout
 
 
-def _bases(source: Path) -> list[Path]:
-  """The source and the folders at most two below it that are not named like optical flow."""
-  folders = [source, *(path for pattern in ("*", "*/*") for path in sorted(source.glob(pattern)) if path.is_dir())]
+def _bases(source: Path, classes: set[Path]) -> list[Path]:
+  """The source and the folders at most two below it, as far as they have folders of classes; not those of flow."""
+  folders = [source, *sorted(source.glob("*")), *sorted(source.glob("*/*"))]
   return [
-    path
-    for path in folders
-    if not any(word in part.lower() for part in path.relative_to(source).parts for word in _FLOW)
+    folder
+    for folder in folders
+    if not any(word in folder.relative_to(source).as_posix().lower() for word in _FLOW)
+    and any((folder / name).is_dir() for name in classes)
   ]
 
 
-def _frame_folders(base: Path, names: list[str], fps: float | None) -> dict[str, _Found]:
+def _frame_folders(base: Path, names: list[str], fps: float) -> dict[str, _Found]:
   found = {}
   for name in names:
     if (base / name).is_dir() and (numbers := list(numbered_images(base / name))):
-      rate = fps or _FRAMES_FPS
-      found[name] = _Found(Source(base / name, fps=rate), rate, numbers[-1] + 1 - min(numbers[0], 1))
+      found[name] = _Found(Source(base / name, fps=fps), fps, numbers[-1] + 1 - min(numbers[0], 1))
   return found
 
 
-def _video_files(base: Path, names: list[str], _: float | None) -> dict[str, _Found]:
+def _video_files(base: Path, names: list[str], _: float) -> dict[str, _Found]:
   paths = {}
   for name in names:
     path = next((path for suffix in SUFFIXES if (path := base / f"{name}{suffix}").is_file()), None)

@@ -180,9 +180,9 @@ def build_from(
   """
   folder, workers = Path(output_dir) / split, workers or os.cpu_count() or 1
   folder.parent.mkdir(parents=True, exist_ok=True)
-  with ThreadPoolExecutor(workers) as pool:
-    prints = list(pool.map(Source.fingerprint, sources.values()))
-  made_from = {"short_side": short_side, "quality": quality, "sources": dict(zip(sources, prints, strict=True))}
+  with ThreadPoolExecutor(workers) as pool:  # on some disks it takes a while to list millions of images
+    fingerprints = dict(zip(sources, pool.map(Source.fingerprint, sources.values()), strict=True))
+  made_from = {"short_side": short_side, "quality": quality, "sources": fingerprints}
   with _alone(folder.with_name(f".{split}.lock")):
     if (folder / _INDEX).is_file():
       if json.loads((folder / _INDEX).read_text())["made_from"] == made_from:

@@ -7,6 +7,7 @@ or left out on the way is counted in `Problems`.
 import collections
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,18 +32,18 @@ class Problems:
   """
 
   def __init__(self) -> None:
-    self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    self.notes: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    self.counts: dict[str, collections.Counter[str]] = {}
+    self.notes: dict[str, dict[str, str]] = {}
 
   def add(self, kind: str, where: PathLike, count: int) -> None:
     """Counts a problem; nothing where the count is zero."""
     if count:
-      self.counts[kind][str(where)] += count
+      self.counts.setdefault(kind, collections.Counter())[str(where)] += count
 
   def explain(self, kind: str, reasons: dict[str, str]) -> None:
-    """Notes what happened to some files or videos, in words."""
+    """Notes what happened to some files or videos, in words; nothing where there are none."""
     if reasons:
-      self.notes[kind].update(reasons)
+      self.notes.setdefault(kind, {}).update(reasons)
 
   def summary(self) -> list[str]:
     """A line for each kind."""
@@ -127,16 +128,26 @@ def write(
     split = name.split("/")[-1]
     if split in SPLITS:
       _count_frameless(rows, frames[split if split in frames else TRAINVAL], problems)
-  for name, rows in source.tables.items():
-    path = output / "annotations" / f"{name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda part, rows=rows: annotations.write_ava_csv(part, rows))
-    _replace(path.with_name("label_map.pbtxt"), lambda part: annotations.write_label_map(part, source.label_map))
-  if source.tubes:
-    _write_json(output / "annotations" / "tubes.json", source.tubes)
-  _write_json(output / "problems.json", {"counts": problems.counts, "notes": problems.notes}, indent=2)
+  # Swapped as a whole, so that nothing of other annotations stays behind; without dataset.json it is no set.
+  (output / "dataset.json").unlink(missing_ok=True)
+  _write_annotations(source, output / ".annotations.part")
+  shutil.rmtree(output / "annotations", ignore_errors=True)
+  (output / ".annotations.part").rename(output / "annotations")
+  _write_json(output / "problems.json", {"counts": problems.counts, "notes": problems.notes})
   settings = {"short_side": short_side, "quality": quality, "vad_jax": vad_jax.__version__}
-  _write_json(output / "dataset.json", {"kind": source.kind, **source.made_from, **settings}, indent=2)
+  _write_json(output / ".dataset.json.part", {"kind": source.kind, **source.made_from, **settings})
+  (output / ".dataset.json.part").rename(output / "dataset.json")
+
+
+def _write_annotations(source: SourceSet, folder: Path) -> None:
+  shutil.rmtree(folder, ignore_errors=True)
+  for name, rows in source.tables.items():
+    path = folder / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    annotations.write_ava_csv(path, rows)
+    annotations.write_label_map(path.with_name("label_map.pbtxt"), source.label_map)
+  if source.tubes:
+    (folder / "tubes.json").write_text(json.dumps(source.tubes), encoding="utf-8")
 
 
 def clean(
@@ -200,12 +211,5 @@ def _some(words: Iterable[str], separator: str = ", ") -> str:
   return separator.join(words[:3]) + (f"{separator}..." if len(words) > 3 else "")
 
 
-def _write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
-  _replace(path, lambda part: part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8"))
-
-
-def _replace(path: Path, write: Any) -> None:
-  """Has a file written beside its place and moved there when it is complete."""
-  part = path.with_name(f".{path.name}.part")
-  write(part)
-  part.replace(path)
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
