@@ -89,6 +89,20 @@ def test_detections_of_predict(tmp_path: Path) -> None:
   assert numbers["mAP"] == numbers["AP"]["12"] == numbers["person_AP"] == 0.5
 
 
+def test_report(tmp_path: Path) -> None:
+  page = tmp_path / "report.html"
+  numbers = _run(
+    tmp_path,
+    *("--detections", _AVA / "results_clean.csv", "--ground-truth", _AVA / "gt.csv", "--report", page),
+    *("--compare", _AVA / "results.csv", "--train-annotations", _AVA / "gt.csv"),
+  )
+  written = json.loads(page.with_suffix(".json").read_text())
+  assert written["analysis"]["frame_map"]["mean_ap"] == numbers["mAP"]
+  assert written["compared_with"]["name"] == "results.csv"
+  assert sum(written["train_counts"].values()) == sum(numbers["num_ground_truth"].values())
+  assert "results_clean.csv" in page.read_text()
+
+
 @pytest.mark.parametrize("name, rules", [("jhmdb_like", "jhmdb"), ("ucf_like", "ucf101_24")])
 def test_scores_tubes(name: str, rules: str, tmp_path: Path, capsys: Any) -> None:
   def unpacked(file: str) -> Path:

@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     content = _score_keyframes(options) if options.protocol in PROTOCOLS else _score_tubes(options)
     content["files"] = {name: _fingerprint(path) for name, path in _files(options).items()}
     content["vad_jax"] = vad_jax.__version__
+    if options.protocol in PROTOCOLS and options.report:
+      _write_report(options, content)
     if options.json:
       options.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
   except (ValueError, OSError) as error:
@@ -73,7 +75,7 @@ def _score_keyframes(options: argparse.Namespace) -> dict[str, Any]:
     try:
       results = frame_maps(truth, _counted(path), label_map, **kwargs)
     except SplitKeyframeError:  # takes more memory
-      results = frame_maps(truth, read_ava_csv(path), label_map, **kwargs)
+      results = frame_maps(truth, _whole(path), label_map, **kwargs)
   first = results[0]
   return {
     "protocol": options.protocol,
@@ -88,6 +90,45 @@ def _score_keyframes(options: argparse.Namespace) -> dict[str, Any]:
     "classes": _by_class(label_map.values(), label_map),
     "warnings": first.differences(),
   }
+
+
+def _write_report(options: argparse.Namespace, content: dict[str, Any]) -> None:
+  """Writes the page on detections of AVA, compared with others where they are given."""
+  from vad_jax.metrics.analysis import analyse
+  from vad_jax.metrics.report import write_report
+
+  label_map = read_label_map(options.label_map)
+  truth = read_ava_csv(options.ground_truth)
+  kwargs: Any = {
+    "protocol": options.protocol,
+    "excluded": read_excluded(options.excluded) if options.excluded else set(),
+  }
+  before, counts = None, None
+  if options.compare:
+    before = (
+      options.compare.name,
+      frame_maps(truth, _whole(options.compare), label_map, ious=options.iou[:1], **kwargs)[0],
+    )
+  if options.train_annotations:
+    actions = read_ava_csv(options.train_annotations).action
+    counts = {index: int(np.count_nonzero(actions == index)) for index in label_map}
+  files = {role: f"{file['path']} (sha256 {file['sha256'][:12]})" for role, file in content["files"].items()}
+  write_report(
+    options.report,
+    analyse(truth, _whole(options.detections[0]), label_map, iou=options.iou[0], **kwargs),
+    title=options.detections[0].name,
+    label_map=label_map,
+    facts={"protocol": options.protocol, "label map": options.label_map, **files},
+    metrics={"person_ap_50": content["person_AP"]} if "person_AP" in content else {},
+    train_counts=counts,
+    warnings=content["warnings"],
+    before=before,
+  )
+
+
+def _whole(path: Path) -> Rows:
+  """All detections of a file at once."""
+  return read_detections_json(path)[0] if _holds_json(path) else read_ava_csv(path)
 
 
 def _score_tubes(options: argparse.Namespace) -> dict[str, Any]:
@@ -256,13 +297,20 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     help="least IoU of a hit: 0.5 (default), a list 0.2,0.5 or start:step:stop 0.5:0.05:0.95; AP and mAP are means",
   )
   parser.add_argument("--json", type=Path, help="file to write the numbers to, as fractions")
+  parser.add_argument("--report", type=Path, help="AVA: HTML page to write, with its numbers as JSON beside it")
+  parser.add_argument("--compare", type=Path, help="AVA: other detections, for the report to say what changed")
+  parser.add_argument(
+    "--train-annotations", type=Path, help="AVA: CSV; the report sorts classes by their training count"
+  )
   options = parser.parse_args(arguments)
+  if (options.compare or options.train_annotations) and not options.report:
+    parser.error("--compare and --train-annotations are for --report")
   if options.protocol in PROTOCOLS:
     if len(options.detections) > 1:
       parser.error(f"--protocol {options.protocol} takes one file of detections")
     options.label_map = options.label_map or "ava_60"
-  elif options.label_map or options.excluded:
-    parser.error(f"--label-map and --excluded are for AVA, not for --protocol {options.protocol}")
+  elif options.label_map or options.excluded or options.report:
+    parser.error(f"--label-map, --excluded and --report are for AVA, not for --protocol {options.protocol}")
   if (options.dataset is not None) != (options.protocol == "class_query"):
     parser.error("--dataset belongs to --protocol class_query, which needs it")
   return options
