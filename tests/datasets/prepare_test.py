@@ -136,6 +136,7 @@ def test_a_rendered_set_is_made_with_its_records(tmp_path):
     (["ava", "--source", "{tmp}/none", "--output", "{tmp}/set"], "error: {tmp}/none: no such folder"),
     (["ava", "--source", "{tmp}", "--output", "{tmp}"], "error: {tmp}: is the source as well"),
     (["ava", "--source", "{tmp}", "--output", "{tmp}/jhmdb"], "error: {tmp}/jhmdb: holds another set (jhmdb)"),
+    (["ava", "--source", "{tmp}", "--output", "{tmp}/other"], "error: {tmp}/other: has annotations/ of something else"),
     (["ava", "--source", "{tmp}", "--output", "{tmp}/set"], "error: {tmp}: no ava_train_v2.2.csv or ava_val_v2.2.csv"),
     (["ava", "--source", "{tmp}", "--output", "{tmp}/set", "--quality", "101"], 2),
     (["ava", "--source", "{tmp}", "--output", "{tmp}/set", "--workers", "none"], 2),
@@ -145,6 +146,7 @@ def test_a_rendered_set_is_made_with_its_records(tmp_path):
 )
 def test_misuse_is_explained(tmp_path, capsys, arguments, message):
   (tmp_path / "jhmdb").mkdir()
+  (tmp_path / "other" / "annotations").mkdir(parents=True)
   (tmp_path / "jhmdb" / "dataset.json").write_text('{"kind": "jhmdb"}')
   with pytest.raises(SystemExit) as stop:
     prepare.main([word.format(tmp=tmp_path) for word in arguments])

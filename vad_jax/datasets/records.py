@@ -42,6 +42,7 @@ _SECONDS_PER_FILE = (30, 1000)  # at least, at most
 _UNKNOWN_DURATION = 60.0  # guess for a video that does not say how long it is
 _INDEX = "index.json"
 _PLAN = "plan.json"
+_CONTENTS = ".contents.json"  # beside each file of records that is complete
 _FEATURES = tfds.features.FeaturesDict(
   {
     "video": tfds.features.Text(),
@@ -200,6 +201,8 @@ def build_from(
     if folder.exists():
       shutil.rmtree(folder)
     partial.rename(folder)
+    for leftover in (*folder.glob(f"*{_CONTENTS}"), folder / _PLAN):  # what a restart would have needed
+      leftover.unlink()
   return folder
 
 
@@ -358,7 +361,7 @@ def _records(
 
 
 def _finish(partial: Path, split: str, plan: dict[str, Any], files: list[dict[str, Any]]) -> None:
-  """Writes what describes the records, and removes what was for a restart only."""
+  """Writes what describes the records."""
   seconds: dict[str, list[int]] = collections.defaultdict(list)
   broken: collections.Counter[str] = collections.Counter()
   unreadable = dict(plan["unreadable"])
@@ -382,9 +385,6 @@ def _finish(partial: Path, split: str, plan: dict[str, Any], files: list[dict[st
   info.write_to_directory(partial)
   _write_json(partial / "problems.json", {"unreadable": unreadable, "broken_frames": broken})
   _write_json(partial / _INDEX, {"split": split, "made_from": plan["made_from"], "seconds": seconds})
-  for contents in partial.glob("*.contents.json"):
-    contents.unlink()
-  (partial / _PLAN).unlink()
 
 
 def _template(folder: Path, split: str) -> tfds.core.ShardedFileTemplate:
@@ -395,7 +395,7 @@ def _template(folder: Path, split: str) -> tfds.core.ShardedFileTemplate:
 
 
 def _contents(path: Path) -> Path:
-  return path.with_name(f"{path.name}.contents.json")
+  return path.with_name(path.name + _CONTENTS)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from vad_jax.datasets import SPLITS, TRAINVAL, records
 
 # Boxes reach over the edge of the frame by rounding or by an annotator's hand; beyond this they mean something else.
 _FURTHEST_OUTSIDE = 0.5
+_UNFINISHED = ".dataset.json.part"
 
 
 class Problems:
@@ -89,6 +90,8 @@ def check_output(output: Path, source: Path, kind: str) -> None:
   try:
     found = json.loads((output / "dataset.json").read_text(encoding="utf-8"))["kind"]
   except FileNotFoundError:
+    if (output / "annotations").exists() and not (output / _UNFINISHED).exists():
+      raise ValueError(f"{output}: has annotations/ of something else in it; give another --output") from None
     return
   except (ValueError, KeyError, TypeError):
     found = "damaged"
@@ -128,15 +131,15 @@ def write(
     split = name.split("/")[-1]
     if split in SPLITS:
       _count_frameless(rows, frames[split if split in frames else TRAINVAL], problems)
-  # Swapped as a whole, so that nothing of other annotations stays behind; without dataset.json it is no set.
+  settings = {"short_side": short_side, "quality": quality, "vad_jax": vad_jax.__version__}
+  _write_json(output / _UNFINISHED, {"kind": source.kind, **source.made_from, **settings})
   (output / "dataset.json").unlink(missing_ok=True)
+  # Swapped as a whole, so that nothing of other annotations stays behind.
   _write_annotations(source, output / ".annotations.part")
   shutil.rmtree(output / "annotations", ignore_errors=True)
   (output / ".annotations.part").rename(output / "annotations")
   _write_json(output / "problems.json", {"counts": problems.counts, "notes": problems.notes})
-  settings = {"short_side": short_side, "quality": quality, "vad_jax": vad_jax.__version__}
-  _write_json(output / ".dataset.json.part", {"kind": source.kind, **source.made_from, **settings})
-  (output / ".dataset.json.part").rename(output / "dataset.json")
+  (output / _UNFINISHED).rename(output / "dataset.json")
 
 
 def _write_annotations(source: SourceSet, folder: Path) -> None:
