@@ -6,6 +6,7 @@ interruption of any kind the same command goes on where it stopped, and on a com
 
 import argparse
 import functools
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -85,7 +86,7 @@ def _quality(text: str) -> int:
   return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m vad_jax.datasets.prepare",
     description="Makes a data set in the layout of data/README.md. The same command goes on after an interruption.",
@@ -114,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     parser_tubes.add_argument("--annotations", type=Path, metavar="FILE", help=f"by default {name} in the source")
     parser_tubes.add_argument("--fps", type=float, help="frames a second of folders of frames; default 25")
     parser_tubes.set_defaults(run=functools.partial(_tubes, kind))
+  parser_custom = add("custom", help="your own videos, with boxes from an annotation tool")
+  if "custom" in arguments:
+    custom = importlib.import_module("vad_jax.datasets.custom")
+    custom.add_arguments(parser_custom)
+    parser_custom.set_defaults(run=custom.prepare)
   parser_synthetic = sets.add_parser("synthetic", parents=[common], help="rendered people; needs no source")
   synthetic.add_arguments(parser_synthetic)
   parser_synthetic.set_defaults(run=_synthetic)
@@ -122,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
   """Command line."""
-  options = _parser().parse_args(arguments)
+  arguments = sys.argv[1:] if arguments is None else arguments
+  options = _parser(arguments).parse_args(arguments)
   try:
     options.run(options)
   except (ValueError, OSError, RuntimeError) as error:
