@@ -243,7 +243,8 @@ def _check_ids(case: Case) -> Iterator[Finding]:
       yield Finding(
         "class ids are off by one",
         f"{percent(zeros)} of {len(action):,} {what} have an id below 1",
-        "ids count from 1: add 1 to all, or remove these rows where they are background",
+        "ids count from 1; remove these rows where they are background, else add 1 to all: "
+        + edit_command(file, "awk -F, -v OFS=, 'NF>2{$7+=1}1'"),
       )
     outside = ~np.isin(action, list(classes)) & (action > 0)
     ids = np.unique(action[outside])
@@ -272,7 +273,7 @@ def _check_classes(case: Case) -> Iterator[Finding]:
     empty = [index for index in sorted(label_map) if index not in annotated]
     # A good model would not see a class in video after video that is not there.
     is_good = right.sum() > 0.3 * np.isin(best, sorted(annotated)).sum()
-    videos = {c: len(np.unique(video[best == c])) for c in empty if np.count_nonzero(best == c) > 0.05 * len(best)}
+    videos = {c: len(np.unique(video[best == c])) for c in empty if np.count_nonzero(best == c) > 0.1 * len(best)}
     frequent = [c for c in videos if is_good and videos[c] >= max(3, len(np.unique(video)) / 2)]
     if not scored.size:
       yield Finding(
