@@ -41,11 +41,13 @@ class Video(NamedTuple):
     num_frames: its length.
     size: height and width in pixels, or None where the file does not tell.
     tubes: what happens in it.
+    fps: frames a second, or None where the file does not tell.
   """
 
   num_frames: int
   size: tuple[int, int] | None
   tubes: list[Tube]
+  fps: float | None = None
 
 
 class TubeGroundTruth(NamedTuple):
@@ -89,8 +91,8 @@ def read_ground_truth(path: PathLike) -> TubeGroundTruth:
     ``gttubes`` {video: {label: [``[n, 5]`` array]}}, ``nframes``, ``resolution`` {video: (height, width)},
     ``train_videos`` and ``test_videos`` (lists over splits). No code of the file is run.
   * JSON: ``{"labels": [name], "test_videos": [name] or [[name]] over splits, "train_videos": the same (optional),
-    "videos": {name: {"nframes": n, "resolution": [height, width], "tubes": [{"label": 0, "boxes": [[frame, x1, y1,
-    x2, y2]]}]}}}``.
+    "videos": {name: {"nframes": n, "resolution": [height, width], "fps": 25.0 (optional), "tubes": [{"label": 0,
+    "boxes": [[frame, x1, y1, x2, y2]]}]}}}``.
   * Lines of the class-query code's evaluator: ``<video>_<frame> [video index, frame, x1, y1, x2, y2, one-hot of the
     classes and of the background]``. The i-th line of a frame belongs to the i-th tube, a box of zeros says that the
     tube is absent. Frames count from 0 where any key ends in 0. All videos are test videos.
@@ -158,6 +160,7 @@ def _ground_truth_of_json(path: PathLike) -> TubeGroundTruth:
         int(video["nframes"]),
         _size(video.get("resolution")),
         [_tube(tube["label"], tube["boxes"], f"{path}: {name}") for tube in video["tubes"]],
+        video.get("fps"),
       )
       for name, video in content["videos"].items()
     }

@@ -105,8 +105,10 @@ def open_directory(
   annotation_dir: str = "annotations",
   clip: ClipSpec | None = None,
   reader: Literal["records", "video"] = "records",
+  tubes: bool = False,
+  proposal_threshold: float | None = None,
   workers: int | None = None,
-) -> dict[str, KeyframeDataset]:
+) -> dict[str, Any]:
   """Opens a set in the layout of data/README.md: the splits that it has.
 
   Args:
@@ -115,19 +117,25 @@ def open_directory(
     clip: frames around a keyframe; by default those of `ClipSpec`.
     reader: "records" encodes the videos as records first, once, which is faster to train from; "video"
       decodes them each time.
+    tubes: give whole videos with their tubes, a `tube_clips.TubeDataset`, instead of keyframes, a `KeyframeDataset`.
+    proposal_threshold: least score of given person boxes; None leaves them out.
     workers: threads for that encoding; by default one for each core.
 
   Raises:
-    FileNotFoundError: there are no annotations.
+    FileNotFoundError: there are no annotations, tubes or proposals.
   """
   if reader not in ("records", "video"):
     raise ValueError(f"reader {reader!r}: expected 'records' or 'video'")
   from vad_jax import annotations
-  from vad_jax.datasets import loader, records
+  from vad_jax.datasets import loader, proposals, records
+  from vad_jax.datasets.tube_clips import TubeDataset
+  from vad_jax.tubes import read_ground_truth
 
   folder = directory / annotation_dir
   label_map = annotations.read_label_map(folder / "label_map.pbtxt")
-  datasets = {}
+  truth = read_ground_truth(directory / "annotations" / "tubes.json") if tubes else None
+  clip = clip or loader.ClipSpec()
+  datasets: dict[str, Any] = {}
   for split in SPLITS:
     path = folder / f"{split}.csv"
     if not path.is_file():
@@ -136,14 +144,20 @@ def open_directory(
     excluded = folder / f"{split}_excluded.csv"
     if excluded.is_file():
       rows = _without(rows, annotations.read_excluded(excluded))
-    keyframes = annotations.keyframes(rows, max(label_map))
     if reader == "video":
       frames = loader.VideoFrames(directory / "videos" / split)
     elif (directory / "records" / TRAINVAL).is_dir():
       frames = loader.RecordFrames(directory / "records" / TRAINVAL)
     else:
       frames = loader.RecordFrames(records.build(directory, directory / "records", split, workers=workers))
-    datasets[split] = loader.KeyframeDataset(keyframes, frames, clip or loader.ClipSpec(), label_map)
+    if truth:
+      datasets[split] = TubeDataset(truth, dict.fromkeys(rows.video), frames, clip)
+      continue
+    keyframes = annotations.keyframes(rows, max(label_map))
+    given = None
+    if proposal_threshold is not None:
+      given = proposals.read(folder / f"{split}_proposals.csv", threshold=proposal_threshold)
+    datasets[split] = loader.KeyframeDataset(keyframes, frames, clip, label_map, given)
   if not datasets:
     raise FileNotFoundError(f"{folder}: neither train.csv nor val.csv")
   return datasets

@@ -71,7 +71,7 @@ def read(
       videos.setdefault(TRAINVAL if kind == "jhmdb" else split, {}).update(here)
   made_from = {"layout": layout, "sha256": {path.name: source_set.fingerprint(path)}}
   label_map = dict(enumerate(truth.labels, 1))
-  return SourceSet(kind, made_from, label_map, tables, videos, _tubes_json(truth))
+  return SourceSet(kind, made_from, label_map, tables, videos, _tubes_json(truth, found))
 
 
 def _find_annotations(source: Path, name: str) -> Path:
@@ -171,7 +171,7 @@ def _video_rows(path: Path, name: str, video: Video, fps: float, with_empty: boo
   return Rows(np.full(len(order), name, object), (frame - 1) / fps, corners, action[order], person[order])
 
 
-def _tubes_json(truth: TubeGroundTruth) -> dict[str, Any]:
+def _tubes_json(truth: TubeGroundTruth, found: dict[str, _Found]) -> dict[str, Any]:
   """The form of `tubes.read_ground_truth` that is text."""
   return {
     "labels": truth.labels,
@@ -181,6 +181,7 @@ def _tubes_json(truth: TubeGroundTruth) -> dict[str, Any]:
       name: {
         "nframes": video.num_frames,
         "resolution": video.size,
+        "fps": found[name].fps if name in found else None,
         "tubes": [{"label": tube.label, "boxes": tube.boxes.tolist()} for tube in video.tubes],
       }
       for name, video in truth.videos.items()

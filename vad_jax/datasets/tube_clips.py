@@ -1,0 +1,132 @@
+"""Whole videos with their tubes, cut into clips of consecutive frames: targets in every frame.
+
+A video is cut into as few clips as hold it; the first and the last frame are repeated to fill them up, by halves before
+and after. (For videos of a multiple of the clip length the class-query code starts half a clip early and never sees the
+other half of the last clip; here they need no filling.)
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from vad_jax.datasets.augment import Example
+from vad_jax.datasets.loader import ClipSpec, FrameSource, clip_boxes
+from vad_jax.tubes import Tube, TubeGroundTruth, Video
+
+logger = logging.getLogger(__name__)
+
+
+class TubeClip(NamedTuple):
+  """A part of a video.
+
+  Attributes:
+    video: its name.
+    frames: ``[T]`` int64 numbers of its frames, from 1 up; numbers below 1 and above the video's length fill it up.
+  """
+
+  video: str
+  frames: np.ndarray
+
+
+class TubeDataset:
+  """Annotated videos in clips; random access.
+
+  Attributes:
+    clips: in order of time, video by video, of all videos that there are frames of.
+    truth: the annotations.
+    frames: where frames come from.
+    clip: length of the clips.
+    label_map: class id to name.
+    num_classes: length of a label vector.
+  """
+
+  tubes = True
+
+  def __init__(self, truth: TubeGroundTruth, videos: Iterable[str], frames: FrameSource, clip: ClipSpec):
+    """Drops, and logs, videos without frames.
+
+    Args:
+      truth: annotations; frame ``k`` of a video is shown at ``(k - 1) / fps``.
+      videos: names of those to take.
+      frames: where frames come from.
+      clip: its number of frames counts, its stride has to be 1.
+
+    Raises:
+      ValueError: there are no frames, or annotations or clips are unfit.
+    """
+    if clip.frame_stride != 1:
+      raise ValueError(f"frame_stride {clip.frame_stride}: tubes have a box in every frame, it has to be 1")
+    self.truth = truth
+    self.frames = frames
+    self.clip = clip
+    self.label_map = dict(enumerate(truth.labels, 1))
+    self.num_classes = len(truth.labels)
+    names = list(videos)
+    there = [name for name in names if name in truth.videos and frames.covers(name, 0.0)]
+    missing = sorted(set(names) - set(there))
+    if not there:
+      raise ValueError(f"none of the {len(names)} videos has both tubes and frames ({', '.join(missing[:5])})")
+    if missing:
+      logger.warning("%d of %d videos left out: no tubes or frames (%s)", len(missing), len(names), missing[:5])
+    for name in there:
+      if truth.videos[name].size is None or truth.videos[name].fps is None:
+        raise ValueError(f"{name}: the tubes name no resolution or no fps; prepare the data set again")
+    self.clips = [
+      TubeClip(name, numbers) for name in there for numbers in cut(truth.videos[name].num_frames, clip.num_frames)
+    ]
+
+  def __len__(self) -> int:
+    return len(self.clips)
+
+  def __getitem__(self, index: int) -> Example:
+    """Frames and tubes of one clip; `boxes` are ``[T, n, 4]``."""
+    name, numbers = self.clips[index]
+    video = self.truth.videos[name]
+    shown = numbers.clip(1, video.num_frames)
+    tubes = _shown(video, numbers)
+    boxes = np.zeros((len(numbers), len(tubes), 4), np.float32)
+    mask = np.zeros((len(numbers), len(tubes)), bool)
+    height, width = video.size or (0, 0)
+    for slot, tube in enumerate(tubes):
+      rows = tube.boxes[:, 0].astype(np.int64) - numbers[0]
+      boxes[rows, slot], mask[rows, slot] = clip_boxes(tube.boxes[:, 1:] / (width, height, width, height))
+    return {
+      "video": self.frames.frames(name, (shown - 1) / video.fps),
+      "boxes": boxes,
+      "labels": np.eye(self.num_classes, dtype=np.float32)[[tube.label for tube in tubes]],
+      "box_mask": mask,
+      "key": index,
+    }
+
+  def place(self, index: int) -> tuple[str, float]:
+    """Video of a clip, and its start."""
+    return self.clips[index].video, 0.0
+
+  def num_boxes(self, index: int) -> tuple[int, int]:
+    """How many tubes a clip has, and no proposals."""
+    name, numbers = self.clips[index]
+    return len(_shown(self.truth.videos[name], numbers)), 0
+
+
+def cut(num_frames: int, length: int) -> list[np.ndarray]:
+  """Numbers of the frames of each clip, from 1 up; those outside of a video repeat its first or last frame.
+
+  Args:
+    num_frames: of the video.
+    length: frames of a clip.
+  """
+  count = -(-num_frames // length)
+  before = (count * length - num_frames) // 2
+  return [np.arange(length) + (1 - before + start) for start in range(0, count * length, length)]
+
+
+def _shown(video: Video, numbers: np.ndarray) -> list[Tube]:
+  """The parts of tubes that some frames hold."""
+  parts = []
+  for label, boxes in video.tubes:
+    here = boxes[(boxes[:, 0] >= numbers[0]) & (boxes[:, 0] <= numbers[-1])]
+    if len(here):
+      parts.append(Tube(label, here))
+  return parts
