@@ -188,7 +188,7 @@ def test_the_largest_of_a_crowd_are_kept(frames, caplog):
     batch = next(iter(eval_batches(crowd, batch_size=2, **PLACE)))
   np.testing.assert_array_equal(batch["boxes"][0], crowd.keyframes[0].boxes[2:])
   np.testing.assert_array_equal(batch["labels"][0], crowd.keyframes[0].labels[2:])
-  assert "1 keyframes have more than 3 actors; only the largest are kept" in caplog.text
+  assert "1 examples have more than 3 actors; only the largest are kept" in caplog.text
 
 
 def test_boxes_outside_the_frame_are_clipped_and_empty_ones_no_target(frames, caplog):
@@ -220,6 +220,114 @@ def test_keyframes_without_frames_are_left_out(frames, caplog):
 def test_annotations_of_other_videos_are_an_error(frames):
   with pytest.raises(ValueError, match=r"none of the 2 .* \(videos: lost\); check that the annotations name"):
     KeyframeDataset([keyframe("lost", 1), keyframe("lost", 2)], frames, CLIP, LABELS)
+
+
+def test_the_canvas_can_be_filled_without_keeping_proportions(dataset):
+  options = {**PLACE, "canvas": (64, 64), "short_side": None}
+  batch = next(train_batches(dataset, batch_size=2, seed=0, **options))
+  np.testing.assert_array_equal(batch["video_size"], [[64, 64]] * 2)
+  for row, key in enumerate(batch["key"]):
+    expected = min(round(dataset.keyframes[key].timestamp * 10), 39)
+    assert numbered_video.number(batch["video"][row, 2]) == expected
+    np.testing.assert_array_equal(batch["boxes"][row, :2], dataset.keyframes[key].boxes)
+
+
+CANVASES = {**PLACE, "canvas": ((32, 64), (64, 32)), "short_side": 32}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+  """Seven keyframes of a wide video, four of a tall one."""
+  folder = tmp_path_factory.mktemp("mixed")
+  numbered_video.write(folder / "wide.mp4", 40)
+  numbered_video.write(folder / "tall.mp4", 40, size=(80, 48))
+  wide = [keyframe("wide", time / 2) for time in range(1, 8)]
+  tall = [keyframe("tall", time / 2) for time in range(1, 5)]
+  return KeyframeDataset([*wide, *tall], VideoFrames(folder), CLIP, LABELS)
+
+
+def test_each_video_gets_the_canvas_that_it_fills(mixed):
+  options = {"batch_size": 2, "seed": 0, "augment": AUGMENT, **CANVASES}
+  batches = take(train_batches(mixed, **options), 22)  # 28 rows of wide and 16 of tall ones: four epochs
+  counts = np.bincount(keys(batches), minlength=11)
+  np.testing.assert_array_equal(counts, 4)
+  for batch in batches:
+    shape = batch["video"].shape[2:4]
+    assert {shape} == {(32, 64) if key < 7 else (64, 32) for key in batch["key"]}
+  batches = train_batches(mixed, **options)
+  whole = take(batches, 9)
+  state = batches.get_state()
+  restored = train_batches(mixed, **options)
+  restored.set_state(state)
+  assert_equal(take(restored, 3), take(batches, 3))
+  # Every process has the same shape at the same time, and together they have what one has.
+  shared = [
+    take(train_batches(mixed, **{**options, "batch_size": 1}, process_index=i, process_count=2), 9) for i in (0, 1)
+  ]
+  for one, *two in zip(whole, *shared, strict=True):
+    assert sorted(one["key"]) == sorted(keys(two))
+    assert len({batch["video"].shape for batch in two}) == 1
+
+
+def test_evaluation_goes_canvas_by_canvas(mixed):
+  batches = list(eval_batches(mixed, batch_size=3, **CANVASES))
+  assert keys(batches) == [*range(7), -1, -1, *range(7, 11), -1, -1]
+  assert [batch["video"].shape[2:4] for batch in batches] == [(32, 64)] * 3 + [(64, 32)] * 2
+
+
+PROPOSALS = {
+  ("a", 1.0): np.array([[0, 0, 0.5, 0.5], [0.2, 0.2, 0.9, 0.9], [0.5, 0.5, 0.5, 0.9], [0.1, 0, 0.2, 0.3]], np.float32),
+  ("a", 2.0): np.array([[0.3, 0.3, 0.4, 0.6]], np.float32),
+}
+
+
+def test_proposals_are_given_boxes_in_evaluation_and_targets_too_in_training(frames, caplog):
+  known = [keyframe("a", 1), keyframe("a", 2), keyframe("a", 3)]
+  with caplog.at_level(logging.WARNING):
+    dataset = KeyframeDataset(known, frames, CLIP, LABELS, PROPOSALS)
+  assert "1 of 3 keyframes have no proposals" in caplog.text
+  (batch,) = eval_batches(dataset, batch_size=3, max_proposals=3, **PLACE)
+  boxes = PROPOSALS["a", 1.0]
+  np.testing.assert_array_equal(batch["proposals"][0], boxes[[0, 1, 3]])  # the third one is empty
+  np.testing.assert_array_equal(batch["proposal_mask"], [[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+  with caplog.at_level(logging.WARNING):
+    batch = next(train_batches(dataset, batch_size=3, max_proposals=5, seed=0, **PLACE))
+  assert "1 examples have more than 5 proposals; only the best are kept" in caplog.text
+  rows = {int(key): row for row, key in enumerate(batch["key"])}
+  targets = known[0].boxes
+  np.testing.assert_array_equal(batch["proposals"][rows[0]], [*targets, *boxes[[0, 1, 3]]])
+  np.testing.assert_array_equal(batch["proposals"][rows[2]], [*targets, *np.zeros((3, 4))])
+  np.testing.assert_array_equal(batch["proposal_mask"].sum(1)[[rows[0], rows[1], rows[2]]], [5, 3, 2])
+  assert "proposals" not in next(train_batches(dataset, batch_size=3, seed=0, **PLACE))
+
+
+def test_missing_proposals_are_told(dataset, frames):
+  with pytest.raises(ValueError, match="max_proposals is 3, but the data set has no proposals"):
+    eval_batches(dataset, batch_size=2, max_proposals=3, **PLACE)
+  with pytest.raises(ValueError, match="none of the 1 keyframes has proposals"):
+    KeyframeDataset([keyframe("b", 1)], frames, CLIP, LABELS, PROPOSALS)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_videos_cost_frames_and_no_worker(tmp_path, workers, caplog):
+  """Truncated, with a hole, shorter than a clip: batches come; what is gone for good is an error of one line."""
+  whole = numbered_video.write(tmp_path / "cut.mp4", 40).read_bytes()
+  start = whole.index(b"mdat")
+  (tmp_path / "cut.mp4").write_bytes(whole[: start + (len(whole) - start) // 2])
+  hole = bytearray(numbered_video.write(tmp_path / "hole.mp4", 40).read_bytes())
+  hole[start + 2000 : start + 2100] = bytes(100)
+  (tmp_path / "hole.mp4").write_bytes(hole)
+  numbered_video.write(tmp_path / "short.mp4", 2)
+  known = [keyframe("cut", 0.5), keyframe("cut", 3), keyframe("hole", 2), keyframe("short", 0.1)]
+  dataset = KeyframeDataset(known, VideoFrames(tmp_path), CLIP, LABELS)
+  batches = train_batches(dataset, batch_size=2, seed=0, workers=workers, **PLACE)
+  assert sorted({key for batch in take(batches, 2) for key in batch["key"].tolist()}) == [0, 1, 2, 3]
+  getattr(batches, "close", lambda: None)()
+  (tmp_path / "short.mp4").unlink()
+  batches = train_batches(dataset, batch_size=2, seed=0, workers=workers, **PLACE)
+  with pytest.raises(VideoError, match=r"short\.mp4: no such file") as caught:
+    take(batches, 9)
+  assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

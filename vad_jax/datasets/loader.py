@@ -319,13 +319,13 @@ def _report_crowds(dataset: ClipDataset, max_boxes: int, max_proposals: int, *, 
   counts = np.array([dataset.num_boxes(index) for index in range(len(dataset))])
   crowded = int((counts[:, 0] > max_boxes).sum())
   if crowded:
-    logger.warning("%d keyframes have more than %d actors; only the largest are kept", crowded, max_boxes)
+    logger.warning("%d examples have more than %d actors; only the largest are kept", crowded, max_boxes)
   if max_proposals:
     if not counts[:, 1].any():
       raise ValueError(f"max_proposals is {max_proposals}, but the data set has no proposals")
     crowded = int((counts @ [with_targets, 1] > max_proposals).sum())
     if crowded:
-      logger.warning("%d keyframes have more than %d proposals; only the best are kept", crowded, max_proposals)
+      logger.warning("%d examples have more than %d proposals; only the best are kept", crowded, max_proposals)
 
 
 class _Rows:

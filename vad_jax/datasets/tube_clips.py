@@ -69,7 +69,9 @@ class TubeDataset:
     if not there:
       raise ValueError(f"none of the {len(names)} videos has both tubes and frames ({', '.join(missing[:5])})")
     if missing:
-      logger.warning("%d of %d videos left out: no tubes or frames (%s)", len(missing), len(names), missing[:5])
+      logger.warning(
+        "%d of %d videos left out: no tubes or frames (%s)", len(missing), len(names), ", ".join(missing[:5])
+      )
     for name in there:
       if truth.videos[name].size is None or truth.videos[name].fps is None:
         raise ValueError(f"{name}: the tubes name no resolution or no fps; prepare the data set again")
