@@ -89,8 +89,13 @@ def load_ucf101_24(root: Path, **kwargs: Any) -> dict[str, KeyframeDataset]:
   return open_directory(_prepared(root, "ucf101_24"), **kwargs)
 
 
-def _prepared(root: Path, name: str) -> Path:
-  directory = root / name
+def load_custom(root: Path, *, directory: str = "custom", **kwargs: Any) -> dict[str, KeyframeDataset]:
+  """Videos of one's own in ``<root>/<directory>``; arguments as of `open_directory`."""
+  return open_directory(_prepared(root, "custom", directory), **kwargs)
+
+
+def _prepared(root: Path, name: str, folder: str = "") -> Path:
+  directory = root / (folder or name)
   if not (directory / "dataset.json").is_file():
     raise FileNotFoundError(
       f"{directory}: {name} has not been prepared here; run "
@@ -168,4 +173,10 @@ def _without(rows: Rows, keyframes: set[tuple[str, float]]) -> Rows:
   return rows.select(np.array(keep, bool))
 
 
-DATASETS = {"synthetic": load_synthetic, "ava": load_ava, "jhmdb": load_jhmdb, "ucf101_24": load_ucf101_24}
+DATASETS = {
+  "synthetic": load_synthetic,
+  "ava": load_ava,
+  "jhmdb": load_jhmdb,
+  "ucf101_24": load_ucf101_24,
+  "custom": load_custom,
+}

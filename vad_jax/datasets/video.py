@@ -185,6 +185,10 @@ class VideoReader:
       shown = frame
     return np.stack([images[position] for position in positions])
 
+  def frame_times(self) -> np.ndarray:
+    """Presentation times of all frames in seconds, ``[F]`` ascending; decodes the whole file."""
+    return np.array([time for time, _ in self._decode_from(0)])
+
   def _open(self) -> None:
     try:
       self._container = av.open(os.fspath(self.path))
