@@ -17,7 +17,7 @@ ALLOWED = {
   "layers": {"ops"},
   "backbones": {"layers", "ops"},
   "models": {"backbones", "layers", "ops"},
-  "datasets": {"ops"},
+  "datasets": {"ops", "visualize"},
   "metrics": {"ops"},
   "visualize": set(),
   "optim": set(),

@@ -284,7 +284,7 @@ def _split(
     return {"train": train}, notes
   for split, names in (("train", train), ("val", val)):
     if lacking := sorted(set().union(*classes.values()) - set().union(*(classes[video] for video in names))):
-      notes.append(f"no video of {split} shows {', '.join(lacking)}: too few videos have it")
+      notes.append(f"nobody in {split} does this, too few videos show it: {', '.join(lacking)}")
   return {"train": train, "val": sorted(val)}, [*notes, f"split by video: {len(train)} train, {len(val)} val"]
 
 
@@ -314,8 +314,8 @@ def _choose_val(classes: dict[str, set[str]], share: float, seed: int) -> list[s
       take([video for video in order if name in classes[video]])
   while len(val) < wanted and take(order):
     pass
-  if not val:  # every video has something that no other one has
-    val.append(order[0])
+  if not val:  # every video shows something that no other one does
+    val.append(min(order, key=lambda video: sum(left[name] == 1 for name in classes[video])))
   return val
 
 

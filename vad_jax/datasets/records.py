@@ -463,6 +463,14 @@ class RecordFrames:
       picked.append(images[position, row])
     return np.stack(picked)
 
+  def facts(self, video: str) -> tuple[float, float, tuple[int, int]]:
+    """Seconds of a video, its frames a second halfway, and their height and width."""
+    first, count = self._first[video], len(self._seconds[video])
+    begin, middle, end = (self._read(first + position) for position in (0, count // 2, count - 1))
+    times = middle["times"]
+    fps = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 1.0
+    return float(end["times"][-1] - begin["times"][0] + 1 / fps), float(fps), (int(end["height"]), int(end["width"]))
+
   def _nearest(self, video: str, time: float, records: dict[int, dict[str, Any]]) -> tuple[int, int]:
     """Which record of the video, and which frame in it; adds the records that it looked into."""
     seconds = self._seconds[video]
