@@ -1,5 +1,6 @@
 """Small videos whose frames carry their number in black and white bars, so that tests can tell them apart."""
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,14 +47,31 @@ def encode(
   *,
   codec: str,
   options: dict[str, str] | None = None,
+  size: tuple[int, int] = (48, 80),
+  pixels: str = "yuv420p",
+  pixel_aspect: Fraction | None = None,
   rotation: int = 0,
   audio: str | None = None,
 ) -> Path:
-  """Writes frames at given times with any codec; with `audio` a tone from time zero on, its packets first."""
+  """Writes frames at given times with any codec; with `audio` a tone from time zero on, its packets first.
+
+  Args:
+    path: the file; its suffix tells the container.
+    times: seconds, exact for steps of 1/25 s; of 1/1000 s where the codec can.
+    codec: name of an encoder.
+    options: for it.
+    size: height and width.
+    pixels: how they are stored.
+    pixel_aspect: width of a pixel by its height.
+    rotation: degrees that a player turns the picture by.
+    audio: name of an encoder of sound.
+  """
   with av.open(str(path), "w") as container:
     stream = container.add_stream(codec, rate=25, options=options or {})
-    stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv420p"
+    stream.height, stream.width, stream.pix_fmt = *size, pixels
     stream.codec_context.time_base = Fraction(1, 25 if codec.startswith("mpeg") else 1000)
+    if pixel_aspect:
+      stream.codec_context.sample_aspect_ratio = pixel_aspect
     if rotation:
       stream.set_display_rotation(rotation)
     if audio:
@@ -69,9 +87,34 @@ def encode(
         container.mux(sound.encode(chunk))
       container.mux(sound.encode(None))
     for index, time in enumerate(times):
-      frame = av.VideoFrame.from_ndarray(picture(index), format="rgb24")
+      frame = av.VideoFrame.from_ndarray(picture(index, size), format="rgb24")
       frame.time_base = stream.codec_context.time_base
       frame.pts = round(time / frame.time_base)
       container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
+  return path
+
+
+def at_rate(path: Path, rate: Fraction, count: int, codec: str = "libx264") -> Path:
+  """Writes frames of a constant rate, with B-frames where the codec has them, in the container's own time stamps."""
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream(codec, rate=rate, options={"g": "12", "bf": "2", "cpu-used": "8"})
+    stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv420p"
+    for index in range(count):
+      frame = av.VideoFrame.from_ndarray(picture(index), format="rgb24")
+      frame.pts, frame.time_base = index, 1 / rate
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+  return path
+
+
+def remux(source: Path, path: Path, change: Callable[[int, av.Packet], av.Packet | None]) -> Path:
+  """Copies a video packet by packet; `change` gets each with its number, and gives what is written, None for none."""
+  with av.open(str(source)) as read, av.open(str(path), "w") as written:
+    stream = written.add_stream_from_template(read.streams.video[0])
+    for index, packet in enumerate(packet for packet in read.demux(video=0) if packet.size):
+      changed = change(index, packet)
+      if changed is not None:
+        changed.stream = stream
+        written.mux(changed)
   return path

@@ -1,11 +1,15 @@
 """Which frame comes when, from what kinds of files, and what is said about broken ones."""
 
 import logging
+import random
 import tracemalloc
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests import numbered_video
 from vad_jax.datasets import video
@@ -30,6 +34,13 @@ FILES = {
   "mpeg2_open_gop": ("a.ts", CONSTANT, {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}}),
   "mpeg4_b_frames": ("a.mkv", CONSTANT, {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}}),
   "no_container": ("a.h264", CONSTANT, {"codec": "libx264", "options": {"g": "12", "bf": "0"}}),
+  "av1": ("a.mp4", CONSTANT, {"codec": "libsvtav1", "options": {"g": "20", "preset": "12"}, "size": (64, 80)}),
+  "vp9_late_start": ("a.webm", 7 + CONSTANT, {"codec": "libvpx-vp9", "options": {"g": "20", "cpu-used": "8"}}),
+  "hevc_variable_rate": (
+    "a.mkv",
+    VARIABLE,
+    {"codec": "libx265", "options": {"x265-params": "keyint=20:bframes=3:log-level=none"}},
+  ),
   "audio_first": ("a.mp4", CONSTANT, {"codec": "libx264", "audio": "aac"}),
 }
 
@@ -50,7 +61,10 @@ def test_frames_come_by_presentation_time(tmp_path, kind):
     assert numbered_video.numbers(frames) == list(range(len(times)))
     np.testing.assert_allclose(found, expected, atol=0.001)
     assert reader.broken == 0
-    assert reader.fps == pytest.approx(1 / np.diff(expected).mean(), rel=0.1)
+    if name not in ("a.mpg", "a.h264"):  # they do not tell
+      assert reader.duration == pytest.approx(expected[-1] + 0.04, abs=0.2)
+    if kind != "hevc_variable_rate":  # a variable rate of which Matroska tells a guess
+      assert reader.fps == pytest.approx(1 / np.diff(expected).mean(), rel=0.1)
 
     wanted = np.random.default_rng(1).uniform(-1, expected[-1] + 1, 40)
     wanted = np.concatenate([wanted, wanted[:3]])
@@ -58,6 +72,44 @@ def test_frames_come_by_presentation_time(tmp_path, kind):
     np.testing.assert_array_equal(reader.frames_at(wanted), right)
     for time, frame in zip(wanted[:15], right, strict=False):  # each with its own seek
       np.testing.assert_array_equal(reader.frames_at([time])[0], frame)
+
+
+@pytest.mark.parametrize("rate", ["24000/1001", "25", "30000/1001", "30", "50", "60"])
+@pytest.mark.parametrize(
+  ("suffix", "codec"), [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("avi", "mpeg4")]
+)
+def test_frames_of_every_usual_rate_are_found(tmp_path, rate, suffix, codec):
+  rate = Fraction(rate)
+  path = numbered_video.at_rate(tmp_path / f"a.{suffix}", rate, 40, codec)
+  with VideoReader(path) as reader:
+    found, frames = zip(*reader, strict=True)
+    assert numbered_video.numbers(frames) == list(range(40))
+    np.testing.assert_allclose(found, np.arange(40) / float(rate), atol=0.00051)  # Matroska has milliseconds
+    assert reader.fps == pytest.approx(float(rate), rel=1e-3) and reader.broken == 0
+    for index in (31, 0, 17, 39, 5):
+      assert numbered_video.numbers(reader.frames_at([index / float(rate)])) == [index]
+
+
+@pytest.mark.parametrize(
+  ("name", "codec", "pixels"),
+  [("a.mp4", "libx264", "yuv444p"), ("a.webm", "libvpx-vp9", "yuv420p"), ("a.avi", "mpeg4", "yuv420p")],
+)
+@pytest.mark.parametrize("size", [(49, 81), (47, 80)])
+def test_odd_sizes(tmp_path, name, codec, pixels, size):
+  path = numbered_video.encode(tmp_path / name, CONSTANT[:9], codec=codec, size=size, pixels=pixels)
+  with VideoReader(path) as reader:
+    assert reader.size == size
+    frames = [frame for _, frame in reader]
+    assert numbered_video.numbers(frames) == list(range(9)) and frames[0].shape == (*size, 3)
+
+
+def test_pixels_that_are_not_square_are_left_as_they_are(tmp_path):
+  path = numbered_video.encode(tmp_path / "a.mp4", CONSTANT[:9], codec="libx264", pixel_aspect=Fraction(4, 3))
+  with av.open(str(path)) as container:
+    assert container.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
+  with VideoReader(path) as reader:
+    assert reader.size == (48, 80)
+    assert numbered_video.numbers(reader.frames_at([0.2])) == [5]
 
 
 def test_a_part_of_a_video_is_what_the_whole_has_there(example):
@@ -157,6 +209,85 @@ def test_damage_in_the_middle_costs_only_the_frames_there(tmp_path):
   assert 40 <= len(found) <= 60
   right = [time == pytest.approx(index / 25) for time, index in found]
   assert all(right[:10]) and all(right[-10:])  # nothing moves in time
+
+
+@pytest.mark.parametrize(
+  ("name", "codec", "options"),
+  [
+    ("a.mp4", "libx264", {"g": "20", "bf": "2"}),
+    ("a.mkv", "libx264", {"g": "20", "bf": "0"}),
+    ("a.webm", "libvpx-vp9", {"g": "20", "cpu-used": "8"}),
+    ("a.mp4", "libx265", {"x265-params": "keyint=20:log-level=none"}),
+    ("a.avi", "mpeg4", {"g": "12"}),
+  ],
+)
+def test_missing_frames_are_counted_and_move_no_other(tmp_path, name, codec, options):
+  whole = numbered_video.encode(tmp_path / f"whole_{name}", CONSTANT, codec=codec, options=options)
+  path = numbered_video.remux(whole, tmp_path / name, lambda index, packet: None if 25 <= index < 30 else packet)
+  with VideoReader(path) as reader:
+    found = {round(time * 25): numbered_video.number(frame) for time, frame in reader}
+    assert reader.broken == 60 - len(found) >= 5
+    # What follows the next keyframe is as before, in time and content.
+    assert all(found[index] == index for index in (*range(25), *range(40, 60)) if index in found)
+    assert set(range(41, 60)) | set(range(24)) <= found.keys()
+    assert numbered_video.numbers(reader.frames_at([0.4, 2.0])) == [10, 50]
+
+
+def test_a_damaged_packet_is_counted(tmp_path):
+  whole = numbered_video.encode(tmp_path / "whole.mp4", CONSTANT, codec="libx264", options={"g": "20", "bf": "0"})
+
+  def damage(index, packet):
+    if index != 25:
+      return packet
+    content = bytes(packet)
+    wrong = av.Packet(content[: len(content) // 3] + bytes(len(content) - len(content) // 3))
+    wrong.pts, wrong.dts, wrong.time_base, wrong.duration = packet.pts, packet.dts, packet.time_base, packet.duration
+    return wrong
+
+  with VideoReader(numbered_video.remux(whole, tmp_path / "a.mp4", damage)) as reader:
+    found = {round(time * 25): numbered_video.number(frame) for time, frame in reader}
+    assert reader.broken > 0
+  assert all(found[index] == index for index in (*range(25), *range(40, 60)))
+
+
+def test_a_truncated_matroska_file_tells_how_much_is_lost(tmp_path):
+  path = numbered_video.encode(tmp_path / "a.mkv", CONSTANT, codec="libx264", options={"g": "20"}, audio="aac")
+  content = path.read_bytes()
+  path.write_bytes(content[: len(content) * 6 // 10])
+  with VideoReader(path) as reader:
+    assert 20 < sum(1 for _ in reader) == 60 - reader.broken < 60
+
+
+def test_a_variable_rate_is_no_damage(tmp_path):
+  times = np.cumsum([0.04] * 5 + [0.08, 0.04, 0.12] * 6 + [0.04] * 6)
+  path = numbered_video.encode(tmp_path / "a.mp4", times, codec="libx264", options={"g": "20"})
+  with VideoReader(path) as reader:
+    assert sum(1 for _ in reader) == len(times) and reader.broken == 0
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("originals")
+  kinds = {"a.mp4": "libx264", "b.mkv": "libx264", "c.avi": "mpeg4", "d.webm": "libvpx-vp9", "e.ts": "libx264"}
+  return [numbered_video.encode(folder / name, CONSTANT[:20], codec=codec) for name, codec in kinds.items()]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.integers(0, 4), seed=st.integers(0, 10**6), changes=st.integers(0, 30), kept=st.floats(0, 1))
+def test_no_damage_does_worse_than_an_error_that_names_the_file(tmp_path, originals, kind, seed, changes, kept):
+  content = bytearray(originals[kind].read_bytes())
+  rng = random.Random(seed)
+  for _ in range(changes):
+    content[rng.randrange(len(content))] = rng.randrange(256)
+  path = tmp_path / originals[kind].name
+  path.write_bytes(content[: round(len(content) * kept)] if kept < 0.8 else content)
+  try:
+    with VideoReader(path) as reader:
+      times = [time for time, frame in reader if frame.shape == (*reader.size, 3)]
+      assert times == sorted(times) and reader.broken >= 0
+      assert len(reader.frames_at([0.0, 0.3, 9.0])) == 3
+  except VideoError as error:
+    assert path.name in str(error) and "\n" not in str(error)
 
 
 def test_written_files_play_everywhere(tmp_path):

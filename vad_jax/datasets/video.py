@@ -1,7 +1,9 @@
 """Video files in and out, by presentation time: PyAV decoding and encoding.
 
 Time zero is the presentation time of a stream's first frame. Frames are found by their time stamps, never by
-counting, so variable frame rate, B-frames and streams that start late need no care from the caller.
+counting, so variable frame rate, B-frames and streams that start late need no care from the caller. Pictures are
+turned as the file asks for, and have the pixels that are stored, also where these are not square: boxes are relative to
+the frame, and extracted frames of published sets are like that, too.
 
   with VideoReader("movie.mp4") as reader:
     for seconds, frame in reader:  # [H, W, 3] uint8 RGB
@@ -14,6 +16,7 @@ import itertools
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -35,6 +38,8 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 # Wanted frames further apart than this are worth a seek; closer ones are reached sooner by decoding on.
 _SEEK_AHEAD = 10.0
+# So many frames at equal distances make a regular video, in which a wider gap is of missing frames.
+_REGULAR = 8
 # Most failures in a row to read from a damaged file before the rest of it is given up.
 _MAX_READ_ERRORS = 8
 _BT709 = 1  # the same number for matrix, primaries and transfer function
@@ -105,7 +110,8 @@ class VideoReader:
     self._threads = threads
     self._origin = 0
     self._open()
-    self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 30)
+    # Either may be the resolution of the time stamps instead.
+    self.fps = float(min(filter(None, (self._stream.average_rate, self._stream.guessed_rate)), default=30))
     try:
       frame = next((frame for _, frame in self._decode()), None)
       if frame is None:
@@ -118,8 +124,9 @@ class VideoReader:
       self.size = self._stored_size[::-1] if self._quarter_turns % 2 else self._stored_size
       self.broken = 0  # they are met again when the frames are read
       stream, container = self._stream, self._container
-      self._stream_duration = float(stream.duration * self._time_base) if stream.duration else None
-      self.duration = self._stream_duration or (container.duration / av.time_base if container.duration else None)
+      self.duration = container.duration / av.time_base if container.duration else None
+      self._stream_duration = self._duration_of_stream()
+      self.duration = self._stream_duration or self.duration
       self.num_frames = stream.frames or (round(self.duration * self.fps) if self.duration else None)
     except BaseException:
       self._container.close()
@@ -148,11 +155,16 @@ class VideoReader:
       Time in seconds and the frame, ``[H, W, 3]`` uint8 RGB.
     """
     end = max(start, 0.0)  # of the last frame before the file ended
+    gaps = _Gaps()
+    told = self.broken
     for time, frame in self._decode_from(start):
       if time >= stop:
         return
       end = max(end, time + 1 / self.fps)
       if time >= start:
+        # Packets that could not be decoded are among those that are missing.
+        self.broken += max(gaps.missing(time) - (self.broken - told), 0)
+        told = self.broken
         yield time, self._to_rgb(frame)
     if self._stream_duration is not None:
       missing = round((min(stop, self._stream_duration) - end) * self.fps)
@@ -188,6 +200,18 @@ class VideoReader:
   def frame_times(self) -> np.ndarray:
     """Presentation times of all frames in seconds, ``[F]`` ascending; decodes the whole file."""
     return np.array([time for time, _ in self._decode_from(0)])
+
+  def _duration_of_stream(self) -> float | None:
+    """Seconds of the video stream, where the file tells; sound may be longer."""
+    if self._stream.duration:
+      return float(self._stream.duration * self._time_base)
+    if "matroska" not in self._container.format.name:
+      return None
+    # What Matroska calls durations are the times of ends.
+    start = float(self._origin * self._time_base)
+    if tag := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", self._stream.metadata.get("DURATION", "")):
+      return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3]) - start
+    return self.duration - start if self.duration and len(self._container.streams) == 1 else None
 
   def _open(self) -> None:
     try:
@@ -269,6 +293,25 @@ class VideoReader:
     height, width = self._stored_size  # a stream may change its size on the way
     image = frame.to_ndarray(format="rgb24", width=width, height=height)
     return np.ascontiguousarray(np.rot90(image, self._quarter_turns)) if self._quarter_turns else image
+
+
+class _Gaps:
+  """Counts frames that are missing between others, as far as a video is regular."""
+
+  def __init__(self) -> None:
+    self._start = self._last = -math.inf  # of a run of frames at equal distances
+    self._count = 0  # distances in it
+
+  def missing(self, time: float) -> int:
+    """Takes the time of the next frame; returns how many are missing before it."""
+    gap, length = time - self._last, self._last - self._start
+    self._last = time
+    steps = round(gap * self._count / length) if self._count >= _REGULAR else 1
+    if self._count and abs(gap * self._count - steps * length) <= 0.1 * length:
+      self._count += steps
+      return steps - 1
+    self._start, self._count = (time - gap, 1) if math.isfinite(gap) else (time, 0)
+    return 0
 
 
 _reported: set[Path] = set()
