@@ -52,6 +52,7 @@ def encode(
   pixel_aspect: Fraction | None = None,
   rotation: int = 0,
   audio: str | None = None,
+  title: str = "",
 ) -> Path:
   """Writes frames at given times with any codec; with `audio` a tone from time zero on, its packets first.
 
@@ -65,8 +66,10 @@ def encode(
     pixel_aspect: width of a pixel by its height.
     rotation: degrees that a player turns the picture by.
     audio: name of an encoder of sound.
+    title: what the file says of itself.
   """
   with av.open(str(path), "w") as container:
+    container.metadata["title"] = title
     stream = container.add_stream(codec, rate=25, options=options or {})
     stream.height, stream.width, stream.pix_fmt = *size, pixels
     stream.codec_context.time_base = Fraction(1, 25 if codec.startswith("mpeg") else 1000)

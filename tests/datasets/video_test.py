@@ -265,6 +265,24 @@ def test_a_variable_rate_is_no_damage(tmp_path):
     assert sum(1 for _ in reader) == len(times) and reader.broken == 0
 
 
+def test_a_title_in_an_old_encoding_is_no_matter(tmp_path):
+  path = numbered_video.encode(tmp_path / "a.avi", CONSTANT[:9], codec="mpeg4", title="caf-")
+  path.write_bytes(path.read_bytes().replace(b"caf-", b"caf\xe9"))
+  with VideoReader(path) as reader:
+    assert sum(1 for _ in reader) == 9
+
+
+def test_sound_that_begins_in_the_middle_of_a_broadcast_is_no_matter(tmp_path):
+  first = numbered_video.encode(tmp_path / "first.ts", CONSTANT[:30], codec="libx264", options={"g": "10"})
+  second = numbered_video.encode(tmp_path / "second.ts", 1.3 + CONSTANT[:30], codec="libx264", audio="mp2")
+  path = tmp_path / "both.ts"
+  nothing = (b"\x47\x1f\xff\x10" + bytes(184)) * 40_000  # farther than FFmpeg looks for streams at the start
+  path.write_bytes(first.read_bytes() + nothing + second.read_bytes())
+  with VideoReader(path) as reader:
+    found = [numbered_video.number(frame) for _, frame in reader]
+  assert found == [*range(30), *range(30)]
+
+
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
   folder = tmp_path_factory.mktemp("originals")
@@ -272,7 +290,9 @@ def originals(tmp_path_factory):
   return [numbered_video.encode(folder / name, CONSTANT[:20], codec=codec) for name, codec in kinds.items()]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+  max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(kind=st.integers(0, 4), seed=st.integers(0, 10**6), changes=st.integers(0, 30), kept=st.floats(0, 1))
 def test_no_damage_does_worse_than_an_error_that_names_the_file(tmp_path, originals, kind, seed, changes, kept):
   content = bytearray(originals[kind].read_bytes())

@@ -215,7 +215,7 @@ class VideoReader:
 
   def _open(self) -> None:
     try:
-      self._container = av.open(os.fspath(self.path))
+      self._container = av.open(os.fspath(self.path), metadata_errors="replace")
     except FileNotFoundError:
       raise VideoError(f"{self.path}: no such file") from None
     except (av.error.FFmpegError, OSError) as error:
@@ -285,13 +285,18 @@ class VideoReader:
           errors = 0
           yield packet
         return
+      except IndexError:
+        pass  # a packet of a stream that was not there at the start of the file, which PyAV does not expect
       except av.error.FFmpegError:
         errors += 1
         self.broken += 1
 
   def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
     height, width = self._stored_size  # a stream may change its size on the way
-    image = frame.to_ndarray(format="rgb24", width=width, height=height)
+    try:
+      image = frame.to_ndarray(format="rgb24", width=width, height=height)
+    except (av.error.FFmpegError, OSError) as error:
+      raise VideoError(f"{self.path}: a frame cannot be turned into RGB ({error.strerror}); re-encode it") from None
     return np.ascontiguousarray(np.rot90(image, self._quarter_turns)) if self._quarter_turns else image
 
 
@@ -489,7 +494,7 @@ class _Audio:
     self._path = path
     self._target = target
     try:
-      self._source: av.container.InputContainer = av.open(os.fspath(path))
+      self._source: av.container.InputContainer = av.open(os.fspath(path), metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
       raise VideoError(f"{path}: its sound cannot be read ({error.strerror})") from None
     self._packets: Iterator[av.Packet] = iter(())
