@@ -272,17 +272,6 @@ def test_a_title_in_an_old_encoding_is_no_matter(tmp_path):
     assert sum(1 for _ in reader) == 9
 
 
-def test_sound_that_begins_in_the_middle_of_a_broadcast_is_no_matter(tmp_path):
-  first = numbered_video.encode(tmp_path / "first.ts", CONSTANT[:30], codec="libx264", options={"g": "10"})
-  second = numbered_video.encode(tmp_path / "second.ts", 1.3 + CONSTANT[:30], codec="libx264", audio="mp2")
-  path = tmp_path / "both.ts"
-  nothing = (b"\x47\x1f\xff\x10" + bytes(184)) * 40_000  # farther than FFmpeg looks for streams at the start
-  path.write_bytes(first.read_bytes() + nothing + second.read_bytes())
-  with VideoReader(path) as reader:
-    found = [numbered_video.number(frame) for _, frame in reader]
-  assert found == [*range(30), *range(30)]
-
-
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
   folder = tmp_path_factory.mktemp("originals")
