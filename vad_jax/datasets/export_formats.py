@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from vad_jax.annotations import AnnotationError
 from vad_jax.datasets.source_set import Problems
 
-PARSING_ERRORS = (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError)
+PARSING_ERRORS = (LookupError, TypeError, AttributeError, ValueError, OverflowError)
 
 NOT_BOXES = "shapes that are no boxes, left out"
 NO_ACTION = "boxes without an action, left out"
@@ -365,7 +365,10 @@ def _via_actions(attribute: Attribute, source: dict[str, Any], value: Any) -> li
 
 def csv_header(line: str) -> bool | None:
   """Whether the first line of a CSV in AVA's columns is a header; None where it is no such CSV."""
-  fields = next(csv.reader([line]), [])
+  try:
+    fields = next(csv.reader([line]), [])
+  except csv.Error:
+    return None
   if len(fields) not in (2, 7, 8):
     return None
   if _is_number(fields[1]):

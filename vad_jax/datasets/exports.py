@@ -118,7 +118,9 @@ def recognise(document: Document) -> str | None:
     if {"metadata", "file", "view"} <= keys:
       return "via"
     return "coco" if "images" in keys and "annotations" in keys else None
-  if document.path.suffix.lower() == ".csv" and export_formats.csv_header(text.partition("\n")[0]) is not None:
+  if (
+    document.path.suffix.lower() == ".csv" and export_formats.csv_header(next(iter(text.splitlines()), "")) is not None
+  ):
     labels = export_formats.label_file(document.path)
     return "datumaro" if labels and labels.name == export_formats.DATUMARO_LABELS else "csv"
   return None
