@@ -125,7 +125,7 @@ def test_both_layouts_of_published_weights_are_the_same_network() -> None:
 
 def test_reference_arguments() -> None:
   manifest = golden_files.load("mvit/s_16x224")["manifest"]
-  assert mvit.reference_arguments(manifest) == {**RELEASED, "heads": 1}
+  assert mvit.reference_arguments(manifest) == RELEASED
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_reference_arguments() -> None:
   ],
 )
 def test_other_sizes_of_video(size, last_pool, grid) -> None:
-  graphdef, state = parts(**RELEASED, heads=1, last_pool=last_pool)
+  graphdef, state = parts(**RELEASED, last_pool=last_pool)
   video = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
   out = jax.eval_shape(lambda state, video: nnx.merge(graphdef, state)(video), state, video)
   assert out.shape == (2, *grid, 768)
@@ -178,7 +178,7 @@ def test_depthwise_by_definition(stride: int) -> None:
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, definition)
 
 
-MINI = {"width": 8, "depths": (1, 1), "trained_size": (4, 32, 32)}
+MINI = {"width": 16, "depths": (1, 1), "heads": 2, "trained_size": (4, 32, 32)}
 VIDEO = np.random.default_rng(0).normal(size=(2, 6, 32, 40, 3)).astype(np.float32)
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +31,8 @@ Grid = tuple[int, int, int]
 NORMAL = nnx.initializers.normal(0.02)
 
 VARIANTS: dict[str, dict[str, Any]] = {
-  "mvitv2_s": {"width": 96, "depths": (1, 2, 11, 2)},
-  "tiny": {"width": 24, "depths": (1, 2, 1)},
+  "mvitv2_s": {"width": 96, "depths": (1, 2, 11, 2), "heads": 1},
+  "tiny": {"width": 24, "depths": (1, 2, 1), "heads": 1},
 }
 
 
@@ -48,7 +49,7 @@ class MViT(nnx.Module):
     *,
     width: int,
     depths: Sequence[int],
-    heads: int = 1,
+    heads: int,
     trained_size: tuple[int, int, int] = (16, 224, 224),
     last_pool: bool = True,
     drop_path: float = 0.0,
@@ -139,7 +140,7 @@ class PatchEmbed(nnx.Module):
     x = jnp.concatenate(frames, axis=-1)
     x = jax.lax.conv_general_dilated(
       x.reshape(-1, *x.shape[2:]),
-      jnp.moveaxis(kernel, 0, 2).reshape(7, 7, 9, -1).astype(dtype),
+      einops.rearrange(kernel, "t h w i o -> h w (t i) o").astype(dtype),
       self.STRIDE[1:],
       ((3, 3), (3, 3)),
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -214,7 +215,7 @@ class PoolingAttention(nnx.Module):
     query, key, value = jnp.split(self.qkv(x), 3, axis=-1)
     query, key, value = self.pool_q(query, grid), self.pool_k(key, grid), self.pool_v(value, grid)
     q_grid, k_grid = pooled(grid, self.pool_q.stride), pooled(grid, self.pool_k.stride)
-    out = by_heads(functools.partial(_attend, k_grid), query, key, value, *self.position_logits(query, q_grid, k_grid))
+    out = by_heads(_attend, query, key, value, *self.position_logits(query, q_grid, k_grid))
     out = out + _after_class_token(query[:, 1:])
     return self.proj(out.reshape(*out.shape[:2], -1))
 
@@ -222,20 +223,20 @@ class PoolingAttention(nnx.Module):
     """What relative positions add to logits, for each axis ``[B, 1 + N, heads, length of the keys' axis]``."""
     batch, _, heads, channels = query.shape
     patches = query[:, 1:].reshape(batch, *q_grid, heads, channels)
+    exact = jnp.promote_types(query.dtype, jnp.float32)
     terms = []
     for axis, table, q, k in zip("thw", (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w), q_grid, k_grid, strict=True):
-      rows = jnp.asarray(relative_rows(table.shape[0], q, k), query.dtype)
-      relative = jnp.einsum("qkr,rd->qkd", rows, table[...].astype(query.dtype))
-      logits = jnp.einsum(f"bthwnd,{axis}kd->bthwnk", patches, relative)
+      relative = jnp.einsum("qkr,rd->qkd", relative_rows(len(table), q, k), table[...]).astype(query.dtype)
+      logits = jnp.einsum(f"bthwnd,{axis}kd->bthwnk", patches, relative, preferred_element_type=exact)
       terms.append(_after_class_token(logits.reshape(batch, -1, heads, k)))
     return terms
 
 
-def _attend(k_grid: Grid, query: Array, key: Array, value: Array, *position_logits: Array) -> Array:
+def _attend(query: Array, key: Array, value: Array, *position_logits: Array) -> Array:
   """Attention ``[B, N, heads, D]`` with logits of positions for all keys but the first."""
   exact = jnp.promote_types(query.dtype, jnp.float32)
   logits = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=exact)
-  t, h, w = (term.astype(exact).swapaxes(1, 2) for term in position_logits)
+  t, h, w = (term.swapaxes(1, 2) for term in position_logits)
   positions = t[..., :, None, None] + h[..., None, :, None] + w[..., None, None, :]
   positions = positions.reshape(*positions.shape[:3], -1)
   logits += jnp.pad(positions, ((0, 0),) * 3 + ((1, 0),))
@@ -325,9 +326,8 @@ def _depthwise_backward(stride: int, kept: tuple[Array, Array], gradient: Array)
 
   # Images are added up behind the loop, so that devices that share a batch communicate once.
   places = np.array(list(np.ndindex(3, 3, 3)))
-  return depthwise(spread, kernel[::-1, ::-1, ::-1], 1), jax.lax.map(kernel_gradient, places).sum(1).reshape(
-    kernel.shape
-  )
+  kernel_gradients = jax.lax.map(kernel_gradient, places).sum(1)
+  return depthwise(spread, kernel[::-1, ::-1, ::-1], 1), kernel_gradients.reshape(kernel.shape)
 
 
 depthwise.defvjp(_depthwise_forward, _depthwise_backward)
@@ -402,15 +402,13 @@ TORCHVISION_NAMES = (
 
 def reference_arguments(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
   """Arguments of the constructor for published weights, from the shapes of their tensors in either layout."""
-  width = shapes.get("patch_embed.proj.weight", shapes.get("conv_proj.weight", ()))[0]
   starts = sorted(int(m[1]) for name in shapes if (m := re.fullmatch(r"blocks\.(\d+)\.proj(?:ect)?\.weight", name)))
   depth = 1 + max(int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name)))
-  table, height, across = (shapes[f"blocks.0.attn.rel_pos_{axis}"] for axis in "thw")
-  stride = PatchEmbed.STRIDE
-  size = ((rows[0] + 1) // 2 * step for rows, step in zip((table, height, across), stride, strict=True))
+  width = shapes["blocks.0.norm1.weight"][0]
+  tables = [shapes[f"blocks.0.attn.rel_pos_{axis}"] for axis in "thw"]
   return {
     "width": width,
     "depths": tuple(np.diff([0, *starts, depth]).tolist()),
-    "heads": width // table[1],
-    "trained_size": tuple(size),
+    "heads": width // tables[0][1],
+    "trained_size": tuple((rows + 1) // 2 * step for (rows, _), step in zip(tables, PatchEmbed.STRIDE, strict=True)),
   }
