@@ -168,6 +168,8 @@ def place_on_canvas(
   """
   size = video.shape[1:3]
   height, width = (max(int(side * scale + 0.5), 1) for side in _placed_size(size, canvas, short_side))
+  if (height, width) == size == tuple(canvas):
+    return video, size
   placed = np.zeros((len(video), *canvas, 3), np.uint8)
   for frame, target in zip(video, placed, strict=True):
     if (height, width) != size:

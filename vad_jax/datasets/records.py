@@ -316,7 +316,7 @@ def _write_file(
   unreadable: dict[str, str] = {}
   broken: collections.Counter[str] = collections.Counter()
   length, num_bytes = 0, 0
-  with contextlib.closing(ArrayRecordWriter(os.fspath(path), "group_size:1")) as writer:
+  with contextlib.closing(ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")) as writer:
     for video, start, stop in file["pieces"]:
       try:
         for record in _records(video, sources[video], start, stop, encoder, broken):
@@ -497,8 +497,8 @@ class RecordFrames:
     return self._source[number]
 
   def _decode(self, record: dict[str, Any], row: int) -> np.ndarray:
-    image = cv2.imdecode(np.frombuffer(record["frames"][row], np.uint8), cv2.IMREAD_COLOR)
+    image = cv2.imdecode(np.frombuffer(record["frames"][row], np.uint8), cv2.IMREAD_COLOR_RGB)
     if image is None:
       name = f"{record['video'].decode()}, {record['times'][row]:.3f} s"
       raise VideoError(f"{self.directory}: the frame of {name} is damaged; delete the folder and build it again")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image
