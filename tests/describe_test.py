@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from configs import evad_vitb, evad_vitl, quickstart
+from configs import custom, evad_vitb, evad_vitl, quickstart
 from tests import golden_files
 from vad_jax import describe, papers
 from vad_jax.ops.roi_align import roi_align
@@ -232,10 +232,18 @@ def test_tables(capsys: Any) -> None:
   assert "  video: uint8[1, 8, 96, 128, 3]\n" in printed
 
 
+def test_label_map_of_ones_own_set_tells_the_classes(tmp_path: Path) -> None:
+  (tmp_path / "annotations").mkdir()
+  (tmp_path / "annotations" / "label_map.pbtxt").write_text('item {name: "run" id: 1} item {name: "sit" id: 3}')
+  found = describe.describe(custom.get_config(f"tiny,data={tmp_path}"), training=False)
+  assert (found["inputs"]["labels"], found["detections"]["action_score"]) == ("float32[1, 4, 3]", "float32[1, 10, 3]")
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [
     (["--config", "none.py"], "config none.py: no such file"),
+    (["--config", "configs/custom.py:data=none"], "none: no data set here, so the number of classes is not known; pr"),
     (["--config", "README.md"], "config README.md: "),
     (["--config", "configs/common.py"], "config configs/common.py: it defines no get_config"),
     (["--config", "configs/evad_vitb.py:keep=1"], "config argument 'keep' is not known"),

@@ -1,6 +1,8 @@
 """The command line from end to end with a stand-in system on a few rendered videos."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -121,11 +123,29 @@ def test_unwritable_workdir(config: ConfigDict, tmp_path: Path) -> None:
 
 
 def test_failed_start_leaves_the_workdir_free(config: ConfigDict, tmp_path: Path) -> None:
-  config.data.name = "ava"
-  with pytest.raises(ValueError, match="unknown data set 'ava'"):
+  config.data.name = "nowhere"
+  with pytest.raises(ValueError, match="unknown data set 'nowhere'; known: synthetic, "):
     run(config, tmp_path)
   config.data.name = "synthetic"
   assert run(config, tmp_path, "train") == ""
+
+
+@pytest.mark.parametrize("lacking, possible, refused", [("val", "train", "evaluate"), ("train", "evaluate", "train")])
+def test_a_set_of_one_split(lacking: str, possible: str, refused: str, config: ConfigDict, tmp_path: Path) -> None:
+  """What the split allows works; anything else is refused with a line that says what to do."""
+  directory = tmp_path / "set"
+  shutil.copytree(ROOT / "data" / "sample", directory, ignore=shutil.ignore_patterns("exports"))
+  config.data = ConfigDict({"name": "custom", "root": str(tmp_path), "directory": "set", "reader": "video"})
+  config.num_steps = 1
+  assert run(config, tmp_path / "run", "train") == ""
+  (directory / "annotations" / f"{lacking}.csv").unlink()
+
+  there = {"train": "val", "val": "train"}[lacking]
+  message = f"{directory} has no {lacking} split, only {there}: prepare it with {lacking} as well "
+  for mode in (refused, "train_and_evaluate"):
+    with pytest.raises(ValueError, match=f"{re.escape(message)}.* or run with --mode={possible}"):
+      run(config, tmp_path / "run", mode)
+  assert run(config, tmp_path / "run", possible) == ""
 
 
 def fails(error: BaseException) -> Any:

@@ -51,13 +51,14 @@ from jax.extend import core
 from ml_collections import config_flags
 
 from vad_jax import models
+from vad_jax.annotations import read_label_map
 from vad_jax.batch import Batch, Detections
 from vad_jax.checkpoint import split_model
 from vad_jax.papers import FREE_OPTIONS, PAPERS, Figure, Paper, Rule, Size
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes a type checker cannot know
 
-NUM_CLASSES = {"ava": 80, "synthetic": 80, "jhmdb": 21, "ucf101_24": 24}  # by the name of the data set
+NUM_CLASSES = {"ava": 80, "synthetic": 80, "jhmdb": 21, "ucf101_24": 24}  # of sets that are the same for everybody
 COUNTS = ("exact", "paper", "run")  # see the module's docstring
 NOT_COUNTED = ("roi_align", "importance")  # named scopes that only ``run`` counts
 
@@ -127,13 +128,32 @@ def build(config: Config) -> Any:
   Raises:
     ValueError: model, options or data set are not known.
   """
-  if config.data.name not in NUM_CLASSES:
-    raise ValueError(f"config.data.name {config.data.name!r}: choose one of {', '.join(NUM_CLASSES)}")
-  options = {"num_classes": NUM_CLASSES[config.data.name], **config.model}
+  options = {"num_classes": num_classes(config), **config.model}
   try:
     return nnx.eval_shape(lambda: models.build(**options, rngs=nnx.Rngs(0)))
   except TypeError as error:  # an argument that the constructor does not have
     raise ValueError(f"config.model: {error}") from error
+
+
+def num_classes(config: Config) -> int:
+  """Number of classes of the data set.
+
+  Raises:
+    ValueError: the set is not known, or is one's own and has not been prepared.
+  """
+  data = config.data
+  if data.name in NUM_CLASSES:
+    return NUM_CLASSES[data.name]
+  if data.name != "custom":
+    raise ValueError(f"config.data.name {data.name!r}: choose one of {', '.join(NUM_CLASSES)}, custom")
+  directory = Path(data.root, data.get("directory", "custom"))
+  try:
+    return max(read_label_map(directory / "annotations" / "label_map.pbtxt"))
+  except OSError:
+    raise ValueError(
+      f"{directory}: no data set here, so the number of classes is not known; prepare it first "
+      "(python -m vad_jax.datasets.prepare custom --help)"
+    ) from None
 
 
 def abstract_batch(config: Config, size: Size, *, clips: int = 1, tube: Sequence[int] = ()) -> Batch:
@@ -143,7 +163,7 @@ def abstract_batch(config: Config, size: Size, *, clips: int = 1, tube: Sequence
     "video": ((*size, 3), jnp.uint8),
     "video_size": ((2,), jnp.int32),
     "boxes": ((*boxes, 4), jnp.float32),
-    "labels": ((*boxes, NUM_CLASSES[config.data.name]), jnp.float32),
+    "labels": ((*boxes, num_classes(config)), jnp.float32),
     "box_mask": (boxes, jnp.bool_),
     "key": ((), jnp.int32),
   }
@@ -327,7 +347,8 @@ def markdown(paths: Sequence[str]) -> str:
   """The table of the README: a row for each config, at the input of its paper's figure where there is one.
 
   Args:
-    paths: config files, with arguments behind a colon or without; files that hold no config are left out.
+    paths: config files, with arguments behind a colon or without; left out are files that hold no config, and
+      configs for data of one's own, whose size depends on its classes.
 
   Raises:
     ValueError: a config cannot be read or does not make a model.
@@ -338,7 +359,7 @@ def markdown(paths: Sequence[str]) -> str:
   ]
   for path in paths:
     config = _read_config(path)
-    if config is None:
+    if config is None or config.data.name == "custom":
       continue
     sizes = (figure.size for figure in figures(config) if figure.size[1] == config.short_side)
     found = describe(config, next(sizes, None), training=False)

@@ -102,7 +102,7 @@ def run(config: Config, workdir: Path, mode: str, begun: float) -> str:
   _claim(workdir, config)
   mesh = sharding.make_mesh(config.mesh.to_dict())
   local_batch = sharding.local_batch_size(config.batch_size, mesh)
-  sets = _load_data(config)
+  sets = _load_data(config, mode)
   numbers: dict[str, Any] = {}
   if mode != "evaluate":
     result = _train(config, workdir, mesh, local_batch, sets, with_evaluation=mode == "train_and_evaluate")
@@ -173,15 +173,32 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _load_data(config: Config) -> dict[str, KeyframeDataset]:
-  """Opens the data set; the first process prepares what is missing, the others wait for it."""
+def _load_data(config: Config, mode: str) -> dict[str, KeyframeDataset]:
+  """Opens the data set; the first process prepares what is missing, the others wait for it.
+
+  Raises:
+    ValueError: the set lacks a split that the mode needs.
+  """
   kwargs = config.data.to_dict()
   load = functools.partial(
     datasets.load, kwargs.pop("name"), kwargs.pop("root"), clip=ClipSpec(**config.clip), **kwargs
   )
   sets = load() if jax.process_index() == 0 else {}
   multihost_utils.sync_global_devices("data")
-  return sets or load()
+  sets = sets or load()
+  for part, split, other in (("train", "train", "evaluate"), ("evaluate", "val", "train")):
+    if part in mode and split not in sets:
+      raise ValueError(
+        f"{_directory(next(iter(sets.values())))} has no {split} split, only {', '.join(sets)}: prepare it with "
+        f"{split} as well (see data/README.md), or run with --mode={other}"
+      )
+  return sets
+
+
+def _directory(dataset: KeyframeDataset) -> Path:
+  """The folder of the set; its frames are in `records/<split>/` or `videos/<split>/`."""
+  frames: Any = dataset.frames
+  return frames.directory.parents[1]
 
 
 def _train(
@@ -329,7 +346,6 @@ def _write_results(
   write_ava_csv(workdir / "detections.csv", evaluation.detections)
   source = _held_out_video(sets["val"])
   video = source and predict.predict_video(loaded, source, workdir / "videos", stride=0.25).video
-  labels = sum((keyframe.labels.sum(0) for keyframe in sets["train"].keyframes), np.zeros(sets["train"].num_classes))
   protocol = config.eval.protocol
   analysis = analyse(evaluation.ground_truth, evaluation.detections, label_map, protocol=protocol)
   numbers = {**numbers, "wall_seconds": time.perf_counter() - begun}
@@ -340,7 +356,7 @@ def _write_results(
     label_map=label_map,
     facts={"protocol": protocol, "data set": config.data.name},
     metrics=numbers,
-    train_counts={index: int(labels[index - 1]) for index in label_map},
+    train_counts=_boxes_by_class(sets["train"]) if "train" in sets else None,
     frames=lambda video, time: visualize.upscale(sets["val"].frames.frames(video, [time])[0]),
     video=video,
     config=json.loads(config.to_json_best_effort()),
@@ -361,6 +377,11 @@ def _write_results(
     "TensorBoard": f"tensorboard --logdir {workdir / 'logs'}",
   }.items():
     print(f"{name:>15}: {path}")  # not in the table, which would cut long ones
+
+
+def _boxes_by_class(dataset: KeyframeDataset) -> dict[int, int]:
+  labels = sum((keyframe.labels.sum(0) for keyframe in dataset.keyframes), np.zeros(dataset.num_classes))
+  return {index: int(labels[index - 1]) for index in dataset.label_map}
 
 
 def _held_out_video(dataset: KeyframeDataset) -> Path | None:
