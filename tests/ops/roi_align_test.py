@@ -1,13 +1,58 @@
-"""RoIAlign by hand; the comparison with the reference is in tests/models/evad_parity_test.py."""
+"""RoIAlign and RoIPool by hand, and against Detectron2 and TensorFlow."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from vad_jax.ops.roi_align import box_levels, pyramid_roi_align, roi_align
+from tests import golden_files, seeded
+from vad_jax.ops.roi_align import box_levels, crop_and_resize, pyramid_roi_align, roi_align, roi_pool
 
 
-def test_ramp():
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("bins", [7, 14])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_equals_detectron2(aligned: bool, sampling_ratio: int, bins: int):
+  """0 samples a bin means as many as it has cells."""
+  recorded = golden_files.load("ops/roi_align")
+  image, boxes = np.split(np.array(recorded["rois_batchidx_x1y1x2y2"]), [1], axis=1)
+  tap = recorded["taps"][f"aligned={aligned},sampling_ratio={sampling_ratio},out={bins}x{bins}"]
+  with jax.enable_x64(True):
+    features = jnp.asarray(seeded.seeded(**recorded["feature"]), jnp.float64).transpose(0, 2, 3, 1)
+    pooled = roi_align(
+      features[image[:, 0].astype(int)],
+      jnp.asarray(boxes)[:, None],
+      scale=recorded["spatial_scale"],
+      output_size=(bins, bins),
+      sampling_ratio=sampling_ratio,
+      aligned=aligned,
+    )
+    golden_files.assert_tap(pooled[:, 0].transpose(0, 3, 1, 2), tap, 1e-6)
+
+
+def test_crop_and_resize_equals_tensorflow():
+  recorded = golden_files.load("ops/crop_and_resize")
+  features = seeded.seeded(recorded["feature"]["key"], recorded["feature"]["shape"])[recorded["box_index"]]
+  boxes = jnp.array(recorded["boxes_y1x1y2x2_normalized"])[:, None, [1, 0, 3, 2]]
+  crop = crop_and_resize(features, boxes, tuple(recorded["crop"]))
+  golden_files.assert_tap(crop[:, 0], recorded["taps"]["crop14"], 2e-4)
+  golden_files.assert_tap(roi_pool(features, boxes)[:, 0], recorded["taps"]["pool7"], 2e-4)
+
+
+def test_crop_and_resize_by_hand():
+  ramp = jnp.arange(9.0)[None, None, :, None] + 10 * jnp.arange(5.0)[None, :, None, None]
+  crop = crop_and_resize(ramp, jnp.array([[[0.25, 0, 1, 0.5], [-0.5, 0, 0.5, 1]]]), (2, 3))[0, ..., 0]
+  np.testing.assert_allclose(crop, [[[2, 5, 8], [22, 25, 28]], [[0, 0, 4], [0, 40, 44]]], rtol=1e-6)
+  np.testing.assert_allclose(crop_and_resize(ramp, jnp.array([[[0.0, 0, 1, 1]]]), (1, 1)), 24)
+
+
+def test_boxes_that_end_on_the_border_keep_their_last_samples():
+  starts = jnp.linspace(0, 0.99, 500)
+  boxes = jnp.stack([starts, starts, jnp.ones(500), jnp.ones(500)], -1)[None]
+  np.testing.assert_allclose(crop_and_resize(jnp.ones((1, 25, 19, 1)), boxes, (14, 14)), 1, rtol=1e-5)
+
+
+def test_roi_align_by_hand():
   ramp = jnp.arange(8.0)[None, None, :, None] + 10 * jnp.arange(6.0)[None, :, None, None]
   box = jnp.array([[[2.0, 1.0, 6.0, 5.0]]])
   pooled = roi_align(ramp, box, scale=1.0, output_size=(2, 2))[0, 0, :, :, 0]

@@ -73,6 +73,32 @@ def apply_deltas(boxes: Array, deltas: Array, *, weights: tuple[float, float, fl
   return cxcywh_to_xyxy(xp.concatenate([center, size], -1))
 
 
+def box_deltas(boxes: Array, targets: Array, *, weights: tuple[float, float, float, float]) -> Array:
+  """What ``apply_deltas`` turns boxes into targets with: what a network has to predict.
+
+  Args:
+    boxes: ``[..., 4]`` xyxy in any unit, not empty.
+    targets: ``[..., 4]`` xyxy in the same unit; empty ones (padding) give large but finite numbers.
+    weights: of the two shifts and the two growths.
+  """
+  xp = _namespace(targets)
+  start, end = xyxy_to_cxcywh(boxes), xyxy_to_cxcywh(targets)
+  shift = (end[..., :2] - start[..., :2]) / start[..., 2:]
+  growth = xp.log(xp.maximum(end[..., 2:] / start[..., 2:], 1e-8))
+  return xp.concatenate([shift, growth], -1) * xp.asarray(weights, boxes.dtype)
+
+
+def clip_boxes(boxes: Array, size: Array) -> Array:
+  """Clips xyxy boxes to an image; those wholly outside become empty.
+
+  Args:
+    boxes: ``[..., 4]``.
+    size: ``[..., 2]`` height and width in the unit of the boxes; leading shapes broadcast.
+  """
+  xp = _namespace(boxes)
+  return xp.clip(boxes, 0, xp.asarray(size, boxes.dtype)[..., [1, 0, 1, 0]])
+
+
 def extend_boxes(boxes: Array, extension: tuple[float, float], frame_size: Array) -> Array:
   """Grows xyxy pixel boxes by the given shares of width and height, then clips them to the frame."""
   xp = _namespace(boxes)
