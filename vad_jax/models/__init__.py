@@ -5,10 +5,12 @@ from typing import Any, Protocol
 from flax import nnx
 
 from vad_jax.batch import Array, Batch, Detections
+from vad_jax.models.bmvit import BMViT
 from vad_jax.models.evad import EVAD
 
 MODELS = {
   "evad": EVAD,
+  "bmvit": BMViT,
 }
 
 
