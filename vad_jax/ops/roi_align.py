@@ -13,8 +13,6 @@ import numpy as np
 
 from vad_jax.batch import Array
 
-_ROUNDING = 1e-4  # cells
-
 
 @jax.named_scope("roi_align")
 def roi_align(
@@ -145,9 +143,9 @@ def _axis_weights(low: Array, high: Array, size: int, bins: int, samples: int) -
 def _grid_weights(low: Array, high: Array, size: int, samples: int) -> Array:
   """Weight ``[B, N, S, size]`` of each cell of an axis in samples from ``low`` to ``high`` (0 first, 1 last cell)."""
   position = np.linspace(0, 1, samples, dtype=low.dtype) if samples > 1 else np.full(1, 0.5, low.dtype)
+  # In this order boxes that end on the map's border have their last samples on it; rounding never moves them out.
   at = (low[..., None] + position * (high - low)[..., None]) * (size - 1)
-  # Boxes that were clipped to the map end on its border: rounding must not move their last samples out of it.
-  return _tents(at, (at >= -_ROUNDING) & (at <= size - 1 + _ROUNDING), size)
+  return _tents(at, (at >= 0) & (at <= size - 1), size)
 
 
 def _tents(at: Array, inside: Array, size: int) -> Array:
