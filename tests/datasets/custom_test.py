@@ -124,7 +124,7 @@ def test_a_keyframe_a_second_by_default(tmp_path):
   assert problems["counts"] == {"annotated frames between keyframes, not used (--stride)": {"a.mp4": 54}}
 
 
-@pytest.mark.parametrize(("shown", "frame"), [(1.0, 10), (1.099, 10), (1.1, 11), (1.0999, 11), (99, 19), (-1, 0)])
+@pytest.mark.parametrize(("shown", "frame"), [(0, 0), (1.0, 10), (1.099, 10), (1.1, 11), (1.0999, 11), (2.5, 19)])
 def test_via_means_the_frame_on_the_screen(tmp_path, shown, frame):
   numbered_video.write(tmp_path / "a.mp4", 20, fps=10)
   content = {
@@ -170,10 +170,31 @@ def test_what_has_no_counterpart_is_listed(tmp_path):
   (tmp_path / "c.mp4").write_bytes(b"no video")
   coco(tmp_path / "all.json", {"sub/a.mp4": [0, 11, 12, 500], "c.mp4": [0], "gone.mp4": [0]})
   problems = run(tmp_path, tmp_path / "set")
-  assert problems["counts"]["annotated frames after the end of the video, left out"].popitem()[1] == 2
+  assert problems["counts"]["annotated moments outside the video, left out"].popitem()[1] == 2
   assert list(problems["notes"]["annotated videos that are not here, left out"]) == ["gone.mp4"]
   assert list(problems["notes"]["videos without annotations, left out"]) == ["b"]
   assert list(problems["notes"]["videos that cannot be read, left out"]) == ["c"]
+
+
+@pytest.mark.parametrize(("kind", "times"), [("csv", [-1, 0, 3.1]), ("csv", [0, 5, 10, 15]), ("coco", [0, 20, 21, 22])])
+def test_times_that_are_none_of_the_video_are_refused(tmp_path, kind, times):
+  """Frame numbers that stand for seconds, or another cut."""
+  numbered_video.write(tmp_path / "a.mp4", 20)  # two seconds
+  if kind == "csv":
+    (tmp_path / "a.csv").write_text("".join(f"a,{time},0,0,0.5,0.5,run\n" for time in times))
+  else:
+    coco(tmp_path / "a.json", {"a.mp4": times})
+  message = rf"a.{'csv' if kind == 'csv' else 'json'}: {len(times) - 1} of {len(times)} annotated moments lie outside"
+  with pytest.raises(AnnotationError, match=message):
+    custom.read(tmp_path, Problems())
+
+
+def test_nobody_to_train_on(tmp_path):
+  for name, split in (("a", "train"), ("b", "val")):
+    numbered_video.write(tmp_path / f"{name}.mp4", 20)
+    (tmp_path / f"{split}.csv").write_text(f"{name},1" + (",0,0,0.5,0.5,run\n" if split == "val" else "\n"))
+  with pytest.raises(AnnotationError, match=r"train.csv: no box in any of the videos of train: a$"):
+    custom.read(tmp_path, Problems())
 
 
 def test_no_video_at_all(tmp_path):
@@ -181,7 +202,9 @@ def test_no_video_at_all(tmp_path):
   with pytest.raises(VideoError, match=r"no videos here or two folders below; expected .avi"):
     custom.read(tmp_path, Problems())
   numbered_video.write(tmp_path / "b.mp4", 2)
-  with pytest.raises(VideoError, match=r"none of the annotated videos \(a.mp4\) is here, but b"):
+  with pytest.raises(
+    VideoError, match=r"none of the annotated videos \(a.mp4\) is here, but b; where annotations name no video, call "
+  ):
     custom.read(tmp_path, Problems())
   (tmp_path / "sub").mkdir()
   numbered_video.write(tmp_path / "sub" / "b.mp4", 2)

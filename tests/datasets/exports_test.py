@@ -409,9 +409,21 @@ def test_archives_are_read_and_other_files_passed_over(tmp_path):
   export = exports.read(tmp_path, Problems())
   assert (export.format, export.files) == ("cvat", [tmp_path / "a.zip"])
   assert "a" in export.videos[0].names
+  with zipfile.ZipFile(tmp_path / "clip.zip", "w") as archive:
+    images = [{"id": 1, "file_name": "frame_000000.PNG", "height": 100, "width": 200}]
+    archive.writestr("annotations/instances_default.json", json.dumps(coco(videos=[], images=images)))
+  assert "clip" in exports.read(tmp_path / "clip.zip", Problems()).videos[0].names
   (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:200])
   with pytest.raises(AnnotationError, match=r"a.zip: a damaged or locked archive"):
     exports.read(tmp_path, Problems())
+
+
+def test_excluded_keyframes_are_left_out(tmp_path):
+  (tmp_path / "val.csv").write_text("a,1,0,0,1,1,4\na,2,0,0,1,1,4\nb,2,0,0,1,1,4\n")
+  (tmp_path / "val_excluded_timestamps.csv").write_text("a,0002\nb,0001\n")
+  export = exports.read(tmp_path, Problems())
+  assert [(video.names, video.moments) for video in export.videos] == [(["a"], [1]), (["b"], [2])]
+  assert export.label_map == {4: "class 4"} and export.notes[1:] == ["2 keyframes are excluded by a file, and left out"]
 
 
 def test_format_has_to_be_clear(tmp_path):

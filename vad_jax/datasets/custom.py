@@ -6,6 +6,7 @@ frame 100 is the hundred-and-first that a player shows, whatever the frame rate 
 
 import argparse
 import collections
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,15 +24,18 @@ from vad_jax.datasets.video import SUFFIXES, VideoError, VideoReader
 
 _PLACES = ("*", "*/*", "*/*/*")  # of the source that are searched for videos
 _TOOL_ROUNDING = 0.002  # seconds; players' times in files are rounded
+_AFTER_END = 1.0  # seconds; a player's time may run on with the sound
+_OUTSIDE = "annotated moments outside the video, left out"
 _ASPECT_TOLERANCE = 0.02
 
 Frames = dict[float, list[Box]]  # by time in seconds; corners in [0, 1]
 
 
 class _Picture(NamedTuple):
-  """What a video says of itself: height and width, and the times of all its frames where they are needed."""
+  """What a video says of itself: height and width, seconds, and the times of all its frames where they are needed."""
 
   size: tuple[int, int]
+  end: float
   times: np.ndarray
 
 
@@ -125,6 +129,13 @@ def read(
       except VideoError as error:
         problems.explain("videos that cannot be read, left out", {video: str(error)})
       advance()
+  moments = sum(len(entry.moments) for annotated in entries.values() for entry in annotated)
+  outside = problems.counts.get(_OUTSIDE, collections.Counter()).total()
+  if outside > moments / 2:
+    raise AnnotationError(
+      f"{export.files[0]}: {outside} of {moments} annotated moments lie outside their videos; are these frame numbers "
+      "instead of seconds from a video's start, or annotations of other cuts?"
+    )
   frames = {video: found for video, found in frames.items() if found}
   if not frames:
     raise VideoError(f"{source}: none of {len(entries)} annotated videos can be used; {'; '.join(problems.summary())}")
@@ -135,6 +146,8 @@ def read(
     split: source_set.clean(_rows(frames, videos, ids, with_empty=split == "val"), export.files[0], problems)
     for split, videos in splits.items()
   }
+  if not (tables["train"].action > 0).any():
+    raise AnnotationError(f"{export.files[0]}: no box in any of the videos of train: {', '.join(splits['train'][:3])}")
   made_from = {
     "layout": export.format,
     "sha256": {path.name: source_set.fingerprint(path) for path in export.files},
@@ -175,7 +188,11 @@ def _match(
       missing[one.names[0]] = f"{one.place}: no video {one.names[0]!r}"
   if not entries:
     called = ", ".join(sorted(missing)[:3])
-    raise VideoError(f"{source}: none of the annotated videos ({called}) is here, but {', '.join(sorted(files)[:3])}")
+    here = ", ".join(sorted(files)[:3])
+    raise VideoError(
+      f"{source}: none of the annotated videos ({called}) is here, but {here}; where annotations name no video, "
+      "call their file or folder like it"
+    )
   problems.explain("annotated videos that are not here, left out", missing)
   unused = {name: name for name in files if name not in entries}
   problems.explain("videos without annotations, left out", unused)
@@ -194,7 +211,7 @@ def _keyframes(path: Path, entries: list[AnnotatedVideo], stride: float, problem
   picture = _look(path, need_times=any(entry.clock != "seconds" for entry in entries))
   moments: dict[float, list[tuple[AnnotatedVideo, float]]] = collections.defaultdict(list)
   for entry in entries:
-    for moment, at in _times(entry, picture.times, problems):
+    for moment, at in _times(entry, picture, problems):
       moments[at].append((entry, moment))
   chosen = _thin(sorted(moments), stride)
   problems.add("annotated frames between keyframes, not used (--stride)", path.name, len(moments) - len(chosen))
@@ -212,20 +229,25 @@ def _keyframes(path: Path, entries: list[AnnotatedVideo], stride: float, problem
 def _look(path: Path, *, need_times: bool) -> _Picture:
   with VideoReader(path) as reader:
     height, width = reader.size
-    return _Picture((height, width), reader.frame_times() if need_times else np.empty(0))
+    if not need_times:
+      return _Picture((height, width), reader.duration or math.inf, np.empty(0))
+    times = reader.frame_times()
+  if not len(times):
+    raise VideoError(f"{path}: no frame can be decoded")
+  return _Picture((height, width), float(times[-1]), times)
 
 
-def _times(entry: AnnotatedVideo, times: np.ndarray, problems: Problems) -> list[tuple[float, float]]:
-  """Pairs of an annotated moment and its time in seconds."""
+def _times(entry: AnnotatedVideo, picture: _Picture, problems: Problems) -> list[tuple[float, float]]:
+  """Pairs of an annotated moment and its time in seconds; those outside the video are counted."""
+  last = len(picture.times) - 1 if entry.clock == "frames" else picture.end + _AFTER_END
+  moments = [moment for moment in entry.moments if 0 <= moment <= last]
+  problems.add(_OUTSIDE, entry.place, len(entry.moments) - len(moments))
   if entry.clock == "seconds":
-    return [(moment, float(moment)) for moment in entry.moments]
+    return [(moment, float(moment)) for moment in moments]
+  frames = np.array(moments, int)
   if entry.clock == "shown":
-    shown = np.searchsorted(times, np.array(entry.moments) + _TOOL_ROUNDING, side="right") - 1
-    return [(moment, float(times[max(index, 0)])) for moment, index in zip(entry.moments, shown, strict=True)]
-  inside = [moment for moment in entry.moments if moment < len(times)]
-  beyond = len(entry.moments) - len(inside)
-  problems.add("annotated frames after the end of the video, left out", entry.place, beyond)
-  return [(frame, float(times[int(frame)])) for frame in inside]
+    frames = np.searchsorted(picture.times, np.array(moments) + _TOOL_ROUNDING, side="right") - 1
+  return list(zip(moments, picture.times[frames.clip(0)].tolist(), strict=True))
 
 
 def _thin(times: list[float], stride: float) -> list[float]:

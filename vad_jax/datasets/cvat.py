@@ -104,7 +104,7 @@ def parse(document: Document, classes: Classes, problems: Problems) -> Parsed:
 
 
 def _attribute(element: ElementTree.Element) -> Attribute:
-  kinds: dict[str, Any] = {"checkbox": "switch", "text": "text"}
+  kinds: dict[str, Any] = {"checkbox": "switch", "text": "text", "number": "text"}
   kind = kinds.get(element.findtext("input_type", ""), "choice")
   values = element.findtext("values", "").split("\n") if kind == "choice" else []
   return Attribute(_text(element, "name"), kind, [value.strip() for value in values])

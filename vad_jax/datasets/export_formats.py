@@ -99,8 +99,8 @@ class Document(NamedTuple):
       raise AnnotationError(f"{self.path}: nested too deeply") from None
 
   def suggested_names(self) -> list[str]:
-    """What the name of the file says of the video."""
-    return [self.path.stem, self.path.parent.stem]
+    """What the names of the file and of the folders around it say of the video."""
+    return [self.path.stem, *(folder.stem for folder in self.path.parents[:2])]
 
   def split(self) -> str:
     """What the name of the file says of the split."""

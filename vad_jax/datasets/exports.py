@@ -72,7 +72,13 @@ def read(path: Path, problems: Problems, *, kind: str | None = None, action_attr
     raise AnnotationError(f"annotations of several formats ({names}); choose with --annotations or --format")
   [(name, documents)] = found.items()
   classes = Classes(action_attributes)
-  parsed = [parse(name, document, classes, problems) for document in documents]
+  parsed, excluded = [], set()
+  for document in documents:
+    ids, videos = parse(name, document, classes, problems)
+    if name in ("csv", "datumaro") and "excluded" in document.path.stem:
+      excluded |= {(video.names[0], moment) for video in videos for moment in video.moments}
+    else:
+      parsed.append((ids, videos))
   if missing := set(action_attributes) - classes.known:
     known = ", ".join(sorted(classes.known)) or "none at all"
     raise AnnotationError(f"{path}: no attribute {', '.join(sorted(missing))}; there are: {known}")
@@ -81,7 +87,13 @@ def read(path: Path, problems: Problems, *, kind: str | None = None, action_attr
   chosen = ", ".join(sorted(classes.chosen))
   notes = [f"actions are the values of {chosen}" if chosen else "actions are the labels of the boxes"]
   label_map = _label_map([ids for ids, _ in parsed], list(classes.names), notes)
-  videos = [video for _, videos in parsed for video in videos]
+  videos = [
+    video._replace(moments=[moment for moment in video.moments if (video.names[0], moment) not in excluded])
+    for _, found in parsed
+    for video in found
+  ]
+  if excluded:
+    notes.append(f"{len(excluded)} keyframes are excluded by a file, and left out")
   return Export(name, list(dict.fromkeys(files)), label_map, videos, notes)
 
 
