@@ -4,8 +4,8 @@
 
 A working directory belongs to one config; a run that was stopped goes on when it is started again. Afterwards
 it holds ``checkpoints/``, TensorBoard logs in ``logs/``, ``metrics.json``, ``detections.csv``,
-``report.html`` and, where the videos of the set are at hand, a held-out one with the detections drawn in
-``videos/``.
+``report.html`` and, where the videos of the set lie beside its records, a held-out one with the detections
+drawn in ``videos/``.
 """
 
 import contextlib
@@ -371,7 +371,7 @@ def _write_results(
   for name, path in {
     "checkpoints": workdir / "checkpoints",
     "report": workdir / "report.html",
-    "annotated video": video or "(the set has no videos at hand)",
+    "annotated video": video or f"python -m vad_jax.predict --checkpoint {workdir} --video FILE",
     "detections": workdir / "detections.csv",
     "numbers": workdir / "metrics.json",
     "TensorBoard": f"tensorboard --logdir {workdir / 'logs'}",
