@@ -175,10 +175,11 @@ def test_records_travel_to_other_processes(source, tmp_path):
   np.testing.assert_array_equal(pickle.loads(pickle.dumps(frames)).frames("steady", [2.0]), expected)
 
 
-def test_a_damaged_record_is_named(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("jpeg", [b"damaged", cv2.imencode(".jpg", numbered_video.picture(0, (24, 40)))[1].tobytes()])
+def test_a_damaged_record_is_named(source, tmp_path, monkeypatch, jpeg):
   frames = RecordFrames(build(source, tmp_path / "out", "train"))
   read = frames._read
-  monkeypatch.setattr(frames, "_read", lambda number: {**read(number), "frames": [b"damaged"] * 10})
+  monkeypatch.setattr(frames, "_read", lambda number: {**read(number), "frames": [jpeg] * 10})
   with pytest.raises(VideoError, match=r"the frame of steady, 2\.000 s is damaged"):
     frames.frames("steady", [2.0])
 

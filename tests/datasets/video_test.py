@@ -74,6 +74,22 @@ def test_frames_come_by_presentation_time(tmp_path, kind):
       np.testing.assert_array_equal(reader.frames_at([time])[0], frame)
 
 
+def test_frames_between_those_of_a_clip_are_skipped_and_change_nothing(tmp_path):
+  gaps = np.full(200, 0.04)
+  gaps[[60, 63, 66, 130, 131, 132, 133]] = 1.5  # after which a frame that nothing needs may be the nearest one
+  options = {"g": "100", "bf": "3", "b_strategy": "0"}
+  path = numbered_video.encode(tmp_path / "a.mp4", np.cumsum(gaps), codec="libx264", options=options)
+  with VideoReader(path) as reader:
+    found, frames = zip(*reader, strict=True)
+    for start in np.arange(0, found[-1], 0.31):
+      wanted = start + np.arange(8) * 0.16
+      right = np.stack([frames[nearest(np.array(found), time)] for time in wanted])
+      np.testing.assert_array_equal(reader.frames_at(wanted), right)
+    assert numbered_video.numbers(reader.frames_at(np.array(found)[20:40:4])) == [*range(20, 40, 4)]
+    assert len(reader._skipped) > 5
+    assert reader.broken == 0
+
+
 @pytest.mark.parametrize("rate", ["24000/1001", "25", "30000/1001", "30", "50", "60"])
 @pytest.mark.parametrize(
   ("suffix", "codec"), [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("avi", "mpeg4")]

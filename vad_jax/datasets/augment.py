@@ -172,9 +172,11 @@ def place_on_canvas(
     return video, size
   placed = np.zeros((len(video), *canvas, 3), np.uint8)
   for frame, target in zip(video, placed, strict=True):
-    if (height, width) != size:
-      frame = cv2.resize(np.ascontiguousarray(frame), (width, height), interpolation=cv2.INTER_LINEAR)
-    target[:height, :width] = frame
+    target = target[:height, :width]
+    if (height, width) == size:
+      target[:] = frame
+    else:
+      cv2.resize(np.ascontiguousarray(frame), (width, height), dst=target, interpolation=cv2.INTER_LINEAR)
   return placed, (height, width)
 
 

@@ -454,14 +454,14 @@ class RecordFrames:
     if video not in self._seconds:
       raise VideoError(f"{self.directory}: no records of a video {video!r}")
     records: dict[int, dict[str, Any]] = {}
-    images: dict[tuple[int, int], np.ndarray] = {}
-    picked = []
-    for time in times:
-      position, row = self._nearest(video, float(time), records)
-      if (position, row) not in images:
-        images[position, row] = self._decode(records[position], row)
-      picked.append(images[position, row])
-    return np.stack(picked)
+    places = [self._nearest(video, float(time), records) for time in times]
+    record = records[places[0][0]]
+    images = np.empty((len(places), record["height"], record["width"], 3), np.uint8)
+    first: dict[tuple[int, int], int] = {}  # where a frame stands already
+    for index, (position, row) in enumerate(places):
+      same = first.setdefault((position, row), index)
+      images[index] = self._decode(records[position], row) if same == index else images[same]
+    return images
 
   def facts(self, video: str) -> tuple[float, float, tuple[int, int]]:
     """Seconds of a video, its frames a second halfway, and their height and width."""
@@ -498,7 +498,7 @@ class RecordFrames:
 
   def _decode(self, record: dict[str, Any], row: int) -> np.ndarray:
     image = cv2.imdecode(np.frombuffer(record["frames"][row], np.uint8), cv2.IMREAD_COLOR_RGB)
-    if image is None:
+    if image is None or image.shape[:2] != (record["height"], record["width"]):
       name = f"{record['video'].decode()}, {record['times'][row]:.3f} s"
       raise VideoError(f"{self.directory}: the frame of {name} is damaged; delete the folder and build it again")
     return image

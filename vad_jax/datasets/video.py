@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 # Wanted frames further apart than this are worth a seek; closer ones are reached sooner by decoding on.
 _SEEK_AHEAD = 10.0
+# Frames within this many frames of a wanted time are decoded in any case.
+_NEAR_FRAMES = 0.75
 # So many frames at equal distances make a regular video, in which a wider gap is of missing frames.
 _REGULAR = 8
 # Most failures in a row to read from a damaged file before the rest of it is given up.
@@ -109,6 +111,7 @@ class VideoReader:
     self.broken = 0
     self._threads = threads
     self._origin = 0
+    self._skipped: set[float] = set()  # times of frames that were not decoded
     self._open()
     # Either may be the resolution of the time stamps instead.
     self.fps = float(min(filter(None, (self._stream.average_rate, self._stream.guessed_rate)), default=30))
@@ -180,22 +183,36 @@ class VideoReader:
       ``[T, H, W, 3]`` uint8 RGB, equal to what a decode of the whole file gives.
     """
     wanted, positions = np.unique(np.asarray(times, np.float64), return_inverse=True)
+    broken = self.broken
+    # Of the decoders, H.264's passes over exactly the frames that no other one needs.
+    shown = self._nearest_frames(wanted, skip=self._stream.codec_context.name == "h264")
+    distance = np.abs(wanted - [time for time, _ in shown])
+    skipped = np.array([*self._skipped, math.inf])
+    # Rare: the rate varies, the clip ends with the video, or frames did not come out in order.
+    if self.broken > broken or (np.abs(skipped - wanted[:, None]).min(axis=1) <= distance).any():
+      self.broken = broken
+      shown = self._nearest_frames(wanted, skip=False)
+    images = np.empty((len(positions), *self.size, 3), np.uint8)
+    for image, position in zip(images, positions, strict=True):
+      image[:] = self._to_rgb(shown[position][1])
+    return images
+
+  def _nearest_frames(self, wanted: np.ndarray, *, skip: bool) -> list[tuple[float, av.VideoFrame]]:
+    """The frames nearest to ascending times, and when they are shown; `skip` those that are far from all of these."""
     frames: Iterator[tuple[float, av.VideoFrame]] = iter(())
     window: list[tuple[float, av.VideoFrame]] = []  # the last frames decoded, at most two
-    images: list[np.ndarray] = []
-    shown = None
+    shown = []
+    self._skipped.clear()
     for time in wanted:
       if not window or time - window[-1][0] > _SEEK_AHEAD:
-        frames = self._decode_from(time)
+        frames = self._decode_from(time, wanted if skip else None)
         window = list(itertools.islice(frames, 1))
         if not window:
           raise VideoError(f"{self.path}: no frame can be decoded; the file is damaged, replace it")
       while window[-1][0] < time and (following := next(frames, None)):
         window = [window[-1], following]
-      _, frame = window[nearest(np.array([at for at, _ in window]), time)]
-      images.append(images[-1] if frame is shown else self._to_rgb(frame))
-      shown = frame
-    return np.stack([images[position] for position in positions])
+      shown.append(window[nearest(np.array([at for at, _ in window]), time)])
+    return shown
 
   def frame_times(self) -> np.ndarray:
     """Presentation times of all frames in seconds, ``[F]`` ascending; decodes the whole file."""
@@ -233,8 +250,13 @@ class VideoReader:
     self._stream.thread_type = "AUTO"
     self._stream.codec_context.thread_count = self._threads
 
-  def _decode_from(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Decodes from a keyframe on; the first frame is not later than `start`, if the file has such a frame."""
+  def _decode_from(self, start: float, wanted: np.ndarray | None = None) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Decodes from a keyframe on; the first frame is not later than `start`, if the file has such a frame.
+
+    Args:
+      start: seconds.
+      wanted: ascending times; frames far from all of them that no other frame needs are skipped.
+    """
     # MPEG program streams stamp only some frames, so that times after a seek are guesses.
     margin = math.inf if self._container.format.name == "mpeg" else 0.0
     while start - margin > 0:
@@ -244,22 +266,25 @@ class VideoReader:
         self._container.seek(self._origin + int((start - margin) / self._time_base), stream=self._stream)
       except av.error.FFmpegError:
         break
-      frames = self._decode(after_seek=True)
+      frames = self._decode(wanted, after_seek=True)
       first = next(frames, None)
       if first is not None and first[0] <= start:
         return itertools.chain([first], frames)
       margin = max(1.0, 4 * margin)
     self._container.close()
     self._open()
-    return self._decode()
+    return self._decode(wanted)
 
-  def _decode(self, after_seek: bool = False) -> Iterator[tuple[float, av.VideoFrame]]:
+  def _decode(
+    self, wanted: np.ndarray | None = None, after_seek: bool = False
+  ) -> Iterator[tuple[float, av.VideoFrame]]:
     """Decodes on from where the container stands, to the end."""
     last_time = -math.inf
     for packet in self._packets():
       if after_seek and (not packet.is_keyframe or packet.pts is None):
         continue  # without the keyframe before it, or a time to start from, it is of no use
       after_seek = False
+      self._skip_if_far(packet, wanted)
       try:
         frames = packet.decode()
       except av.error.FFmpegError:
@@ -269,12 +294,26 @@ class VideoReader:
         if frame.pts is None:
           time = max(last_time, -1 / self.fps) + 1 / self.fps
         else:
-          time = float((frame.pts - self._origin) * self._time_base)
+          time = self._seconds(frame.pts)
+          self._skipped.discard(time)
         if frame.is_corrupt or time <= last_time:
           self.broken += 1
         if time > last_time:
           last_time = time
           yield time, frame
+
+  def _skip_if_far(self, packet: av.Packet, wanted: np.ndarray | None) -> None:
+    """Lets the decoder pass over a frame that no other one needs, where it is far from all times that are wanted."""
+    self._stream.codec_context.skip_frame = "DEFAULT"
+    if wanted is None or packet.pts is None:
+      return
+    time = self._seconds(packet.pts)
+    if abs(wanted[nearest(wanted, time)] - time) > _NEAR_FRAMES / self.fps:
+      self._stream.codec_context.skip_frame = "NONREF"
+      self._skipped.add(time)
+
+  def _seconds(self, pts: int) -> float:
+    return float((pts - self._origin) * self._time_base)
 
   def _packets(self) -> Iterator[av.Packet]:
     """Packets of the video stream; a damaged place is skipped where the container can."""
