@@ -147,6 +147,8 @@ def test_cvat_actions_come_from_attributes():
   content = cvat(box(0, 0, inside=said(activities="sit, read;sit", gender="f")), labels=text)
   assert parse("cvat", content)[1] == ["sit", "read"]
   assert parse("cvat", content, wanted=("gender",))[1] == ["f", "m"]
+  number = PERSON.format(attribute("action", "number", "0\n9\n1"))  # least, most and step
+  assert parse("cvat", cvat(box(0, 0, inside=said(action="3")), labels=number))[1] == ["3"]
 
 
 def test_cvat_label_is_the_action_where_no_attribute_is():
@@ -159,9 +161,9 @@ def test_cvat_rotated_boxes_are_framed():
   quarter = box(0, 0, rotation=90, inside=said(action="run")) + box(10, 0, rotation=350, inside=said(action="run"))
   video = only("cvat", cvat(quarter))
   np.testing.assert_allclose(video.boxes_at(0)[0].corners, (-15, 25, 35, 45))
-  half = np.radians(40)  # between 90 and -10 degrees
-  side = (20 * np.cos(half) + 50 * np.sin(half)) / 2
-  np.testing.assert_allclose(video.boxes_at(5)[0].corners[0], 10 - side)
+  turned = np.radians(70)  # from 90 to -10 degrees, after two of ten frames
+  side = (20 * np.cos(turned) + 50 * np.sin(turned)) / 2
+  np.testing.assert_allclose(video.boxes_at(2)[0].corners[0], 10 - side)
 
 
 def test_cvat_project_has_a_video_for_each_task():

@@ -30,6 +30,7 @@ def test_sample(capsys, tmp_path):
   }  # fmt: skip
   assert (val["fps"], val["sizes"]) == ({"25.00": 3}, {"320 x 240": 3})
   assert val["seconds"]["sum"] == pytest.approx(18, abs=0.01)
+  assert val["box_area"]["max"] == pytest.approx(0.1922, abs=1e-4)
   assert val["boxes_per_keyframe"] == {"min": 1, "median": 2, "mean": pytest.approx(5 / 3), "max": 2}
   picture = cv2.imread(str(sheet))
   assert picture is not None and picture.shape[1] > 4 * 320 and picture.shape[0] > 3 * 240
@@ -86,6 +87,8 @@ def test_sets_of_several_divisions(tmp_path, capsys):
   found = numbers(capsys, str(tmp_path), "--split", "split2/val")["splits"]
   assert list(found) == ["split2/val"] and found["split2/val"]["keyframes_with_nobody"] == 1
   assert found["split2/val"]["box_area"]["max"] == 0.25
+  sheet = inspect.contact_sheet(inspect.open_set(tmp_path, "split2/val"))
+  assert sheet.shape[1] < 2 * 400  # one picture: nobody is to be seen on the other
 
 
 def test_mistakes_are_told(tmp_path, capsys):
