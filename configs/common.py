@@ -26,13 +26,19 @@ def base() -> Config:
   config.init_from = config_dict.placeholder(str)
   config.reinit_head = False  # start the classifier anew where the weights know another number of classes
 
-  # Name of the set, folder of all prepared sets, and arguments of the set's function in vad_jax.datasets.
+  # Name of the set, folder of all prepared sets, and arguments of the set's function in vad_jax.datasets: tubes=True
+  # for targets in every frame, proposal_threshold, the least score of given person boxes, and so on.
   config.data = ConfigDict({"name": "synthetic", "root": "data"})
   config.clip = ConfigDict({"num_frames": 16, "frame_stride": 4, "fps": 30.0})
-  config.canvas = (288, 512)  # height and width of the padded frames, multiples of 32
-  config.short_side = 288  # of the frames on it, as far as they fit
+  # Height and width of the padded frames, multiples of 32; or several of these, of which a video gets the one it fills.
+  config.canvas = (288, 512)
+  config.resize = "short_side"  # or "stretch", which fills the canvas without keeping proportions
+  config.short_side = 288  # of the frames on the canvas, as far as they fit; nothing where they are stretched
   config.max_boxes = 32  # actors of one keyframe; more than that are dropped, smallest first
-  config.augment = ConfigDict({"flip": 0.5, "scale": (1.0, 1.0), "color": 0.0})
+  config.max_proposals = 0  # given boxes of one keyframe, for systems that take them
+  # Arguments of vad_jax.datasets.augment.Augment; zero switches off.
+  config.augment = ConfigDict({"flip": 0.5, "scale": (1.0, 1.0), "square": False, "color": 0.0, "brightness": 0.0})
+  config.augment.update({"contrast": 0.0, "saturation": 0.0, "hue": 0.0, "box_jitter": 0.0})
 
   # groups: pairs of a regular expression of parameter names and a factor of the learning rate.
   config.optimizer = ConfigDict({"weight_decay": 1e-4, "groups": (), "no_decay": ()})

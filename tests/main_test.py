@@ -1,5 +1,6 @@
 """The command line from end to end with a stand-in system on a few rendered videos."""
 
+import functools
 import json
 import re
 import shutil
@@ -146,6 +147,48 @@ def test_a_set_of_one_split(lacking: str, possible: str, refused: str, config: C
     with pytest.raises(ValueError, match=f"{re.escape(message)}.* or run with --mode={possible}"):
       run(config, tmp_path / "run", mode)
   assert run(config, tmp_path / "run", possible) == ""
+
+
+@pytest.mark.parametrize(
+  "changes, mode, info",
+  [
+    ({"resize": "stretch", "canvas": (64, 64)}, "train_and_evaluate", {"short_side": None, "canvas": [64, 64]}),
+    ({"canvas": ((64, 96), (96, 64))}, "train", {"short_side": 64, "canvas": [96, 96]}),
+  ],
+)
+def test_canvases(changes: Any, mode: str, info: dict[str, Any], config: ConfigDict, tmp_path: Path) -> None:
+  config.num_steps = 1
+  config.augment.update({"box_jitter": 0.1, "square": True, "hue": 0.1})
+  config.update(changes)
+  assert run(config, tmp_path, mode) == ""
+  loaded = checkpoint.load_model(tmp_path).info
+  assert {key: loaded[key] for key in info} == info
+  config.resize = "squeeze"
+  with pytest.raises(ValueError, match=r"config\.resize 'squeeze': choose short_side or stretch"):
+    run(config, tmp_path / "other", "train")
+
+
+def test_given_boxes(config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  shutil.copytree(ROOT / "data" / "sample", tmp_path / "set", ignore=shutil.ignore_patterns("exports"))
+  for split in ("train", "val"):
+    annotations_csv = tmp_path / "set" / "annotations" / f"{split}.csv"
+    rows = annotations.read_ava_csv(annotations_csv)
+    proposals = rows._replace(action=np.minimum(rows.action, 1), extra=np.full(len(rows.extra), 0.9))
+    annotations.write_ava_csv(annotations_csv.with_name(f"{split}_proposals.csv"), proposals)
+  config.data = ConfigDict({"name": "custom", "root": str(tmp_path), "directory": "set", "reader": "video"})
+  config.data.proposal_threshold = 0.8
+  config.max_proposals, config.num_steps = 5, 1
+  batches = []
+
+  def spy(load: Any, *args: Any, **kwargs: Any) -> Any:
+    batches.append(next(iter(load(*args, **kwargs))))
+    return load(*args, **kwargs)
+
+  for name in ("train_batches", "eval_batches"):
+    monkeypatch.setattr(main, name, functools.partial(spy, getattr(main, name)))
+  assert run(config, tmp_path / "run") == ""
+  assert len(batches) >= 2
+  assert all(batch["proposals"].shape == (2, 5, 4) and batch["proposal_mask"].any() for batch in batches)
 
 
 def fails(error: BaseException) -> Any:

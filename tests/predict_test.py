@@ -242,6 +242,10 @@ def test_video_canvas(size, canvas, placed):
   assert place_on_canvas(np.zeros((1, *size, 3), np.uint8), canvas, 224)[1] == placed
 
 
+def test_stretched_frames_have_the_canvas_of_training():
+  assert predict.video_canvas((90, 160), None, (64, 96)) == (64, 96)
+
+
 def keyframe(time, *boxes):
   empty = np.zeros((len(boxes), 0))
   boxes = np.array(boxes, np.float32).reshape(-1, 4)

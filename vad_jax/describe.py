@@ -79,7 +79,8 @@ def describe(config: Config, size: Size | None = None, *, training: bool = True)
   Raises:
     ValueError: the config does not make a model, or the model does not take such an input.
   """
-  size = size or (config.clip.num_frames, *config.canvas)
+  canvas = config.canvas if isinstance(config.canvas[0], int) else config.canvas[0]  # the first of several
+  size = size or (config.clip.num_frames, *canvas)
   model = build(config)
   batch = abstract_batch(config, size)
   jaxpr, detections, out = trace(model, batch)

@@ -218,8 +218,8 @@ def _train(
   info = {
     "model": model,
     "clip": config.clip.to_dict(),
-    "canvas": list(config.canvas),
-    "short_side": config.short_side,
+    "canvas": np.reshape(config.canvas, (-1, 2)).max(axis=0).tolist(),  # the largest, where there are several
+    "short_side": _short_side(config),
     "label_map": sets["train"].label_map,
     "data": config.data.to_dict(),
   }
@@ -275,13 +275,21 @@ def _train(
 def _loading(config: Config) -> dict[str, Any]:
   """Arguments that training and evaluation batches share."""
   return {
-    "canvas": tuple(config.canvas),
-    "short_side": config.short_side,
+    "canvas": config.canvas,
+    "short_side": _short_side(config),
     "max_boxes": config.max_boxes,
+    "max_proposals": config.max_proposals,
     "workers": config.workers,
     "process_index": jax.process_index(),
     "process_count": jax.process_count(),
   }
+
+
+def _short_side(config: Config) -> int | None:
+  """Short side of the frames on the canvas; None where they are stretched to fill it."""
+  if config.resize not in ("short_side", "stretch"):
+    raise ValueError(f"config.resize {config.resize!r}: choose short_side or stretch")
+  return config.short_side if config.resize == "short_side" else None
 
 
 def _evaluate(

@@ -205,7 +205,7 @@ def _detect(
       yield time, Detections(*(column[row] for column in host))
 
 
-def video_canvas(size: tuple[int, int], short_side: int, training_canvas: tuple[int, int]) -> tuple[int, int]:
+def video_canvas(size: tuple[int, int], short_side: int | None, training_canvas: tuple[int, int]) -> tuple[int, int]:
   """Height and width of the padded frames for a video of any shape: the smallest multiples of 32 that do.
 
   The short side becomes ``short_side``, unless the long side would then be longer than in training; a
@@ -213,9 +213,11 @@ def video_canvas(size: tuple[int, int], short_side: int, training_canvas: tuple[
 
   Args:
     size: height and width of the video.
-    short_side: of the frames in training.
+    short_side: of the frames in training; None where they were stretched to the canvas, as this video is then.
     training_canvas: height and width that the training frames were padded to.
   """
+  if short_side is None:
+    return training_canvas
   scale = min(short_side / min(size), max(training_canvas) / max(size))
   height, width = (math.ceil(round(side * scale) / _CANVAS_MULTIPLE) * _CANVAS_MULTIPLE for side in size)
   return max(height, _CANVAS_MULTIPLE), max(width, _CANVAS_MULTIPLE)

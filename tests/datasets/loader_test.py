@@ -269,6 +269,11 @@ def test_each_video_gets_the_canvas_that_it_fills(mixed):
     assert len({batch["video"].shape for batch in two}) == 1
 
 
+def test_stretched_frames_have_one_canvas(mixed):
+  with pytest.raises(ValueError, match="2 canvases: frames that are stretched need no other shape, give one"):
+    eval_batches(mixed, batch_size=2, **{**CANVASES, "short_side": None})
+
+
 def test_evaluation_goes_canvas_by_canvas(mixed):
   batches = list(eval_batches(mixed, batch_size=3, **CANVASES))
   assert keys(batches) == [*range(7), -1, -1, *range(7, 11), -1, -1]

@@ -296,6 +296,8 @@ def _by_canvas(
   for shape in canvases:
     if min(shape) < 32 or shape[0] % 32 or shape[1] % 32:
       raise ValueError(f"canvas {shape}: height and width have to be multiples of 32")
+  if short_side is None and len(canvases) > 1:
+    raise ValueError(f"{len(canvases)} canvases: frames that are stretched need no other shape, give one")
   if len(canvases) == 1:
     return {canvases[0]: list(range(len(dataset)))}
   times = dict(dataset.place(index) for index in range(len(dataset)))
