@@ -25,6 +25,7 @@ def base() -> Config:
   # Weights to start from: a converted file (see vad_jax.convert), or the workdir or a checkpoint of another run.
   config.init_from = config_dict.placeholder(str)
   config.reinit_head = False  # start the classifier anew where the weights know another number of classes
+  config.resize_positions = False  # where the weights have tables of positions for another size of video
 
   # Name of the set, folder of all prepared sets, and arguments of the set's function in vad_jax.datasets: tubes=True
   # for targets in every frame, proposal_threshold, the least score of given person boxes, and so on.

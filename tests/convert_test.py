@@ -11,13 +11,19 @@ from safetensors.numpy import save_file
 
 from tests import golden_files, seeded
 from tests.models.evad_parity_test import official_weights
-from vad_jax import checkpoint, convert
+from vad_jax import checkpoint, convert, models
+from vad_jax.backbones.hiera import Hiera
+from vad_jax.backbones.mvit import MViT
 from vad_jax.backbones.vit import ViT
-from vad_jax.layers.position import sincos_positions
+from vad_jax.layers.position import linear_matrix, sincos_positions
+from vad_jax.models import bmvit
 from vad_jax.models.evad import EVAD
 
 Weights = dict[str, np.ndarray]
 TINY = {"width": 96, "depth": 3, "heads": 3}
+MVIT = {"width": 32, "depths": (1, 1), "heads": 1}
+KINETICS_HEAD = {"head.projection.weight": np.zeros((400, 64)), "head.projection.bias": np.zeros(400)}
+HIERA = {"width": 96, "depths": (1, 1), "heads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +254,81 @@ def test_converted_backbone(evad_weights: Weights, tmp_path: Path, capsys: Any) 
   assert report.named("loaded")
   with pytest.raises(checkpoint.CheckpointError, match="which is no detector"):
     checkpoint.load_model(output)
+
+
+def mvit_weights(trained_size: tuple[int, int, int]) -> Weights:
+  """A file of PySlowFast for a small network: our values under its names, in its layout."""
+  model = MViT(**MVIT, trained_size=trained_size, rngs=nnx.Rngs(1))
+  found = dict(KINETICS_HEAD)
+  for path, variable in nnx.to_flat_state(nnx.state(model)):
+    (name,) = convert.published_names(path, convert.SOURCES["mvit"])
+    value = np.asarray(variable[...])
+    value = np.moveaxis(value, (-1, -2), (0, 1)) if path[-1] == "kernel" else value
+    found[name] = np.ascontiguousarray(value)  # safetensors writes others in the wrong order
+  return found
+
+
+def test_multiscale_backbones_of_a_detector(tmp_path: Path, monkeypatch: Any) -> None:
+  """A file becomes a checkpoint, which a detector takes as its backbone, also for another size of video."""
+  weights = mvit_weights((4, 64, 64))
+  save_file(weights, tmp_path / "mvit.safetensors")
+  convert.convert(tmp_path / "mvit.safetensors", tmp_path / "mvit")
+  monkeypatch.setitem(bmvit.VARIANTS, "mini", bmvit.Variant(MViT, {**MVIT, "trained_size": (4, 64, 64)}))
+  monkeypatch.setitem(bmvit.VARIANTS, "large", bmvit.Variant(MViT, {**MVIT, "trained_size": (8, 96, 128)}))
+  mini, large = (models.build("bmvit", variant=name, num_classes=3, rngs=nnx.Rngs(0)) for name in ("mini", "large"))
+  for origin in (weights, tmp_path / "mvit"):
+    report = convert.load_reference(mini, origin)
+    assert len(report.named("missing")) == len(parameters(mini)) - len(parameters(mini.backbone))
+    values = parameters(mini.backbone)
+    np.testing.assert_array_equal(values["blocks.1.attn.rel_pos_h"], weights["blocks.1.attn.rel_pos_h"])
+    np.testing.assert_array_equal(values["blocks.1.mlp.fc1.kernel"], weights["blocks.1.mlp.fc1.weight"].T)
+
+    with pytest.raises(convert.ConversionError, match=r"rel_pos_w .*for another size of video, have positions resized"):
+      convert.load_reference(large, origin)
+    report = convert.load_reference(large, origin, resize_positions=True)
+    assert len(report.named("resized")) == 2 * 3
+    rows, table = parameters(large.backbone)["blocks.0.attn.rel_pos_t"], weights["blocks.0.attn.rel_pos_t"]
+    assert (len(table), len(rows)) == (3, 7)
+    np.testing.assert_allclose(rows, linear_matrix(3, 7) @ table, atol=1e-6)
+
+
+def test_hiera(tmp_path: Path) -> None:
+  model = Hiera(**HIERA, trained_size=(4, 64, 64), rngs=nnx.Rngs(1))
+  weights = {
+    "head.projection.weight": np.zeros((400, 64), np.float32),
+    "head.projection.bias": np.zeros(400, np.float32),
+  }
+  for path, variable in nnx.to_flat_state(nnx.state(model)):
+    (name,) = convert.published_names(path, convert.SOURCES["hiera"])
+    value = np.asarray(variable[...])
+    value = np.moveaxis(value, (-1, -2), (0, 1)) if path[-1] == "kernel" else value
+    weights[name] = value[None] if name.startswith("pos_embed") else value
+  again = Hiera(**HIERA, trained_size=(4, 64, 64), rngs=nnx.Rngs(0))
+  report = convert.load_reference(again, weights)
+  assert report.source == "hiera" and "no commercial use" in report.licence
+  assert_same(model, again)
+
+  pretrained = {name: value for name, value in weights.items() if not name.startswith(("head", "norm."))}
+  pretrained |= {name.replace("norm.", "encoder_norm."): weights[name] for name in ("norm.weight", "norm.bias")}
+  pretrained |= {
+    "decoder_pred.bias": np.zeros(3),
+    "mask_token": np.zeros(3),
+    "multi_scale_fusion_heads.0.bias": np.zeros(3),
+  }
+  report = convert.load_reference(again, pretrained)
+  assert report.source == "hiera_pretrained" and len(report.named("skipped")) == 3
+  assert_same(model, again)
+
+  wide = Hiera(**HIERA, trained_size=(8, 96, 96), rngs=nnx.Rngs(0))
+  with pytest.raises(convert.ConversionError, match="have positions resized"):
+    convert.load_reference(wide, weights)
+  report = convert.load_reference(wide, weights, resize_positions=True)
+  assert sorted(report.named("resized")) == ["pos_embed_spatial", "pos_embed_temporal"]
+  # A network of the old size computes the same positions for the new size of video.
+  np.testing.assert_allclose(wide.positions((4, 24, 24)), model.positions((4, 24, 24)), atol=1e-6)
+  unequal = Hiera(**HIERA, trained_size=(4, 64, 96), rngs=nnx.Rngs(0))
+  with pytest.raises(convert.ConversionError, match="pos_embed_spatial"):
+    convert.load_reference(unequal, weights, resize_positions=True)
 
 
 @pytest.mark.parametrize(

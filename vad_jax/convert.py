@@ -29,7 +29,7 @@ from flax import nnx
 
 from vad_jax import checkpoint, models, weight_files
 from vad_jax.annotations import PathLike, read_label_map
-from vad_jax.backbones import vit
+from vad_jax.backbones import hiera, mvit, vit
 from vad_jax.layers.position import sincos_positions
 from vad_jax.models import evad
 
@@ -67,7 +67,12 @@ class Source(NamedTuple):
   info: Mapping[str, Any] = {}
 
 
-BACKBONES = {"vit": vit.ViT}
+BACKBONES = {"vit": vit.ViT, "mvit": mvit.MViT, "hiera": hiera.Hiera}
+# From our path and a published table of positions to the table for another size, or None where it is no such table.
+RESIZES: dict[str, Callable[[str, np.ndarray, Sequence[int]], np.ndarray | None]] = {
+  "mvit": mvit.resize_table,
+  "hiera": hiera.resize_table,
+}
 AVA_CLASSES = Path(__file__).parent / "datasets" / "labels" / "ava_v2.2.pbtxt"
 _MOST_PROBLEMS = 40  # named in an error
 
@@ -84,6 +89,16 @@ _VIDEOMAE = Source(
   prefix=r"((module|model|backbone|encoder)\.)*",
   skip={r"(head|fc_norm)\.(weight|bias)": _CLASSIFIER},
   may_lack={r"norm\.(scale|bias)": "not in these files, which normalise the mean of tokens; starts as 1 and 0"},
+)
+
+_HIERA = Source(
+  "Hiera for video",
+  _NON_COMMERCIAL,
+  (r"pos_embed_spatial .*", r"pos_embed_temporal .*"),
+  hiera.REFERENCE_NAMES,
+  "hiera",
+  hiera.reference_arguments,
+  skip={r"head\.projection\.(weight|bias)": _CLASSIFIER},
 )
 
 # A file is of the first kind whose marks it has.
@@ -116,6 +131,31 @@ SOURCES = {
     title="VideoMAE V2 ViT, distilled on Kinetics-710", marks=(*_VIDEOMAE.marks, r"head\.weight \(710, \d+\)")
   ),
   "videomae": _VIDEOMAE,
+  "mvit": Source(
+    "MViTv2 of PySlowFast",
+    "Apache 2.0",
+    (r"blocks\.0\.attn\.rel_pos_t .*", r"patch_embed\.proj\.weight .*"),
+    mvit.REFERENCE_NAMES,
+    "mvit",
+    mvit.reference_arguments,
+    skip={r"head\.projection\.(weight|bias)": _CLASSIFIER},
+  ),
+  "mvit_torchvision": Source(
+    "MViTv2 of torchvision",
+    "BSD 3-Clause",
+    (r"blocks\.0\.attn\.rel_pos_t .*", r"conv_proj\.weight .*"),
+    mvit.TORCHVISION_NAMES,
+    "mvit",
+    mvit.reference_arguments,
+    skip={r"head\.1\.(weight|bias)": _CLASSIFIER},
+  ),
+  "hiera_pretrained": _HIERA._replace(
+    title="Hiera for video, pre-trained only",
+    marks=(*_HIERA.marks, r"encoder_norm\.weight .*"),
+    names=hiera.PRETRAINED_NAMES,
+    skip={r"(decoder_|multi_scale_fusion_heads\.).*|mask_token": "reconstructs masked pixels"},
+  ),
+  "hiera": _HIERA,
 }
 
 
@@ -129,8 +169,8 @@ class TensorReport(NamedTuple):
   Attributes:
     published: its published name, or several; empty for what the weights lack.
     parameter: our path; empty for what was skipped.
-    action: loaded, transposed, merged (several into one), skipped, missing or re-initialised (these two keep their
-      initial values).
+    action: loaded, transposed, merged (several into one), resized, skipped, missing or re-initialised (these two keep
+      their initial values).
     shape: of the parameter, or of the tensor that was skipped.
     note: the reason, where it takes one.
   """
@@ -188,6 +228,7 @@ def load_reference(
   *,
   source: str | None = None,
   reinit_head: bool = False,
+  resize_positions: bool = False,
 ) -> LoadReport:
   """Fills a model's parameters in place.
 
@@ -197,6 +238,7 @@ def load_reference(
     weights: published names to arrays in the published layout; or a published file; or a checkpoint of ours.
     source: one of ``SOURCES``; None finds it from the names.
     reinit_head: parameters that follow the number of classes keep their initial values where that number differs.
+    resize_positions: tables of positions for another size of video are resized.
 
   Raises:
     ConversionError: a tensor is missing, left over or of another shape; nothing was changed then.
@@ -205,15 +247,17 @@ def load_reference(
   """
   if isinstance(weights, Mapping):
     source, kind, weights = _recognise(weights, source)
-    return _fill(model, weights, source, kind, reinit_head)
+    return _fill(model, weights, source, kind, reinit_head, resize_positions)
   if checkpoint.is_checkpoint(weights):
     arrays, info = checkpoint.load_arrays(weights)
     builds = info["model"]["name"]
     own = Source(f"{builds} of {weights}", info.get("licence", ""), (), (), builds, dict)
-    return _fill(model, arrays, "vad_jax", own, reinit_head)
+    return _fill(model, arrays, "vad_jax", own, reinit_head, resize_positions)
   file = weight_files.read(weights)
   try:
-    report = load_reference(model, file.tensors, source=source, reinit_head=reinit_head)
+    report = load_reference(
+      model, file.tensors, source=source, reinit_head=reinit_head, resize_positions=resize_positions
+    )
   except ConversionError as error:
     raise ConversionError(f"{weights}: {error}") from error
   return report._replace(file=_describe(file))
@@ -241,7 +285,12 @@ def _recognise(weights: Mapping[str, np.ndarray], source: str | None) -> tuple[s
 
 
 def _fill(
-  model: nnx.Module, weights: Mapping[str, np.ndarray], source: str, kind: Source, reinit_head: bool
+  model: nnx.Module,
+  weights: Mapping[str, np.ndarray],
+  source: str,
+  kind: Source,
+  reinit_head: bool,
+  resize_positions: bool,
 ) -> LoadReport:
   """Fills a model, or its backbone where the weights are for one, from weights with bare names."""
   within = kind.builds in BACKBONES and hasattr(model, "backbone")
@@ -264,13 +313,19 @@ def _fill(
     else:
       parts = [np.asarray(weights[name]) for name in names]
       value, action = _to_our_layout(parts, shape, is_kernel=bool(kind.names) and path[-1] == "kernel")
+      hint = ""
+      if value is None and kind.builds in RESIZES:
+        value, action = RESIZES[kind.builds](str(path[-1]), parts[0], shape), "resized"
+        if value is not None and not resize_positions:
+          value, hint = None, "; for another size of video, have positions resized"
       entries.append(TensorReport(published, parameter, action, shape))
       if value is not None:
         values.append((path, variable.replace(jnp.asarray(value, variable.dtype))))
       elif reinit_head and re.fullmatch(head, parameter):
         entries[-1] = entries[-1]._replace(action="re-initialised")
       else:
-        hint = "; for other classes, have the head re-initialised" if re.fullmatch(head, parameter) else ""
+        if re.fullmatch(head, parameter):
+          hint = "; for other classes, have the head re-initialised"
         problems.append(f"shape: {published} {parts[0].shape} does not fit {parameter} {shape}{hint}")
   for name in weights:
     if name not in used:
@@ -376,7 +431,8 @@ def convert(
       info["label_map"] = _class_names(label_map, arguments["num_classes"])
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     described = {**_describe(file), "model": f"{kind.builds}({given}), all else by default"}
-    report = _fill(model, weights, source, kind, reinit_head=False)._replace(file=described)
+    report = _fill(model, weights, source, kind, reinit_head=False, resize_positions=True)
+    report = report._replace(file=described)
   except (ConversionError, TypeError, ValueError) as error:  # a constructor says what is wrong with the options
     raise ConversionError(f"{path}: {error}") from error
   info |= {"source": source, "licence": kind.licence, "sha256": file.sha256, "step": 0, "metrics": {}}

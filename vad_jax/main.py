@@ -232,7 +232,9 @@ def _train(
   )
 
   def load_weights(system: Any) -> None:
-    report = convert.load_reference(system, config.init_from, reinit_head=config.reinit_head)
+    report = convert.load_reference(
+      system, config.init_from, reinit_head=config.reinit_head, resize_positions=config.resize_positions
+    )
     print(f"starting from {report}", file=sys.stderr, flush=True)
     if jax.process_index() == 0:
       (workdir / "init_from.txt").write_text(report.text() + "\n")

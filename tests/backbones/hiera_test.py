@@ -14,20 +14,6 @@ from vad_jax import convert
 from vad_jax.backbones import hiera
 
 FLOAT32, FLOAT64 = 2e-4, 1e-6  # of the tap's standard deviation
-SOURCE = convert.Source(
-  "Hiera",
-  "",
-  (),
-  hiera.REFERENCE_NAMES,
-  "hiera",
-  hiera.reference_arguments,
-  skip={r"head\.projection\..*": "classifier"},
-)
-
-
-@pytest.fixture(autouse=True)
-def sources(monkeypatch):
-  monkeypatch.setitem(convert.SOURCES, "hiera", SOURCE)
 
 
 @functools.cache
@@ -52,7 +38,7 @@ def official_taps(recorded: dict, dtype: jnp.dtype, **arguments) -> dict[str, ja
       weights[name] = np.float32(override["std"]) * seeded.seeded(name, weights[name].shape)
   arguments |= hiera.reference_arguments(recorded["manifest"])
   model = nnx.merge(*parts(**arguments))
-  report = convert.load_reference(model, weights, source="hiera")
+  report = convert.load_reference(model, weights)
   assert report.named("skipped") == ["head.projection.weight", "head.projection.bias"]
   graphdef, state = nnx.split(model)
   (clip,) = recorded["inputs"]
@@ -102,14 +88,14 @@ def test_published_names_and_shapes_of_hiera_l() -> None:
   expected = {name: shape for name, shape in recorded["manifest"].items() if not name.startswith("head.")}
   sizes = {}
   for path, variable in nnx.to_flat_state(parts(**arguments)[1]):
-    (name,) = convert.published_names(path, SOURCE)
+    (name,) = convert.published_names(path, convert.SOURCES["hiera"])
     sizes[name] = variable.size
   assert sizes == {name: np.prod(shape) for name, shape in expected.items()}
   assert sum(sizes.values()) == recorded["params"] - 400 * (1152 + 1)  # the classifier
 
 
 def test_weights_before_fine_tuning_name_the_norm_otherwise() -> None:
-  kind = SOURCE._replace(names=hiera.PRETRAINED_NAMES)
+  kind = convert.SOURCES["hiera_pretrained"]
   assert convert.published_names(("norm", "scale"), kind) == ("encoder_norm.weight",)
   assert convert.published_names(("blocks", 3, "norm1", "bias"), kind) == ("blocks.3.norm1.bias",)
 

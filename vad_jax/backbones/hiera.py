@@ -12,6 +12,7 @@ The official tables of positions have the size of training. For other sizes of v
 for space is resized bicubically and the one for time linearly.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vad_jax.backbones.mvit import NORMAL, PatchEmbed, initialize
+from vad_jax.backbones.mvit import NORMAL, PatchEmbed
 from vad_jax.batch import Array
 from vad_jax.layers.attention import attend
 from vad_jax.layers.drop_path import DropPath
@@ -101,7 +102,6 @@ class Hiera(nnx.Module):
       width, heads = growth * width, growth * heads
     self.width = width
     self.norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
-    initialize(self, rngs)
 
   def positions(self, grid: Sequence[int]) -> Array:
     """Positions ``[t, h, w, C]`` of a grid."""
@@ -251,3 +251,18 @@ def reference_arguments(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     "heads": heads[width],
     "trained_size": (2 * times, side, side),
   }
+
+
+def resize_table(name: str, table: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
+  """A table of positions for another size of video, where frames are square; None if this is none."""
+  table = table.reshape(-1, table.shape[-1])
+  length, width = shape if len(shape) == 2 else (0, 0)
+  if table.shape[1] != width:
+    return None
+  if name == "pos_embed_temporal":
+    return linear_matrix(len(table), length) @ table
+  old, new = math.isqrt(len(table)), math.isqrt(length)
+  if name != "pos_embed_spatial" or (old**2, new**2) != (len(table), length):
+    return None
+  resize = bicubic_matrix(old, new)
+  return np.einsum("yh,xw,hwc->yxc", resize, resize, table.reshape(old, old, -1)).reshape(shape)

@@ -28,7 +28,8 @@ from vad_jax.layers.position import linear_matrix
 
 Grid = tuple[int, int, int]
 
-NORMAL = nnx.initializers.normal(0.02)
+# Positions start as in the official code; kernels do not, since its 0.02 everywhere starves narrow networks of signal.
+NORMAL, LECUN = nnx.initializers.normal(0.02), nnx.initializers.lecun_normal()
 
 VARIANTS: dict[str, dict[str, Any]] = {
   "mvitv2_s": {"width": 96, "depths": (1, 2, 11, 2), "heads": 1},
@@ -96,7 +97,6 @@ class MViT(nnx.Module):
       width, heads, grid = step * width, step * heads, pooled(grid, step)
     self.width = width
     self.norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
-    initialize(self, rngs)
 
   def layers(self, video: Array, rngs: nnx.Rngs | None = None) -> Iterator[tuple[Array, Grid]]:
     """Tokens ``[B, 1 + t * h * w, C]``, the class token first, and their grid: those that enter, then each block's."""
@@ -123,7 +123,7 @@ class PatchEmbed(nnx.Module):
 
   def __init__(self, width: int, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
     self.dtype = dtype
-    self.kernel = nnx.Param(NORMAL(rngs.params(), (3, 7, 7, 3, width)))
+    self.kernel = nnx.Param(LECUN(rngs.params(), (3, 7, 7, 3, width)))
     self.bias = nnx.Param(jnp.zeros(width))
 
   def grid(self, size: Sequence[int]) -> Grid:
@@ -256,7 +256,7 @@ class HeadPool(nnx.Module):
 
   def __init__(self, channels: int, heads: int, stride: int, *, dtype: jnp.dtype | None, rngs: nnx.Rngs):
     self.heads, self.stride = heads, stride
-    self.kernel = nnx.Param(NORMAL(rngs.params(), (3, 3, 3, 1, channels)))
+    self.kernel = nnx.Param(LECUN(rngs.params(), (3, 3, 3, 1, channels)))
     self.norm = nnx.LayerNorm(channels, epsilon=1e-6, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Array, grid: Grid) -> Array:
@@ -366,16 +366,6 @@ def relative_rows(length: int, queries: int, keys: int) -> np.ndarray:
   return linear_matrix(length, 2 * max(queries, keys) - 1)[row]
 
 
-def initialize(model: nnx.Module, rngs: nnx.Rngs) -> None:
-  """Gives the linear layers and norms of a model their initial values in the official code of MViT and Hiera."""
-  for _, module in nnx.iter_modules(model):
-    if isinstance(module, nnx.Linear):
-      module.kernel = nnx.Param(NORMAL(rngs.params(), module.kernel.shape))
-      module.bias = nnx.Param(jnp.full(module.out_features, 0.02))
-    elif isinstance(module, nnx.LayerNorm):
-      module.bias = nnx.Param(jnp.full(module.num_features, 0.02))
-
-
 # --- Published weights ----------------------------------------------------------------------------------------------
 
 # (our path, published name) as regular expressions, see vad_jax.convert. PySlowFast:
@@ -412,3 +402,10 @@ def reference_arguments(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     "heads": width // tables[0][1],
     "trained_size": tuple((rows + 1) // 2 * step for (rows, _), step in zip(tables, PatchEmbed.STRIDE, strict=True)),
   }
+
+
+def resize_table(name: str, table: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
+  """A table of relative positions for another size of video, as published code makes it; None if this is none."""
+  if not name.startswith("rel_pos_") or table.shape[1:] != tuple(shape[1:]):
+    return None
+  return linear_matrix(len(table), shape[0]) @ table

@@ -120,16 +120,15 @@ class BMViT(nnx.Module):
         raise ValueError(f"{name} {value!r}: choose one of {', '.join(map(str, allowed))}")
     sizes = VARIANTS[variant]
     compute = jnp.bfloat16 if dtype == "bfloat16" else None
-    self.sizes, self.num_classes, self.compute_dtype = sizes, num_classes, compute
-    self.tokens = tokens or sizes.tokens
+    self.num_classes, self.tokens, self.compute_dtype = num_classes, tokens or sizes.tokens, compute
+    self.pixels = sizes.pixel_mean, sizes.pixel_std
     pooling = {} if sizes.backbone is ViT else {"last_pool": last_pool}
     self.backbone = sizes.backbone(**sizes.sizes, **pooling, drop_path=drop_path, remat=remat, dtype=compute, rngs=rngs)
     width = self.backbone.width
     self.box = Head(width, 4, dtype=compute, rngs=rngs)
     self.actor = Head(width, 2, bias=(_RARE, 0.0), dtype=compute, rngs=rngs)
     self.action = Head(width, num_classes, bias=_RARE, dtype=compute, rngs=rngs)
-    if sizes.attend:
-      self.attention = CrossAttention(width, width // 64, dtype=compute, rngs=rngs)
+    self.attention = CrossAttention(width, width // 64, dtype=compute, rngs=rngs) if sizes.attend else None
 
   def __call__(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> dict[str, Any]:
     """Runs the network.
@@ -143,23 +142,16 @@ class BMViT(nnx.Module):
       (actor first), ``action_logits`` ``[B, N, K]``, ``token_mask`` ``[B, N]`` (False in the padding), ``actor_map``
       ``[B, s, h, w]`` (probability of an actor at every token that detects), and the tokens of every step.
     """
-    video, _ = normalize(
-      batch["video"],
-      batch["video_size"],
-      mean=self.sizes.pixel_mean,
-      std=self.sizes.pixel_std,
-      dtype=self.compute_dtype,
-    )
+    mean, std = self.pixels
+    video, _ = normalize(batch["video"], batch["video_size"], mean=mean, std=std, dtype=self.compute_dtype)
     features = self.backbone(video, rngs)
-    if isinstance(features, tuple):  # the class token of MViT has served its time
-      features, _ = features
     detecting, acting = select_tokens(features, self.tokens)
     count, slices, h, w, width = detecting.shape
     flat = detecting.reshape(count, -1, width)
     exact = jnp.promote_types(flat.dtype, jnp.float32)
     boxes = self.box(flat).astype(exact) + jnp.tile(jnp.asarray(grid_box_bias(h, w), exact).reshape(-1, 4), (slices, 1))
     actor_logits = self.actor(flat).astype(exact)
-    if self.sizes.attend:
+    if self.attention is not None:
       acting = self.attention(flat, features.reshape(count, -1, width)).reshape(detecting.shape)
     action_logits = self.action(acting).astype(exact)
     if self.tokens == "max_class":
