@@ -166,6 +166,25 @@ def test_the_stream_does_not_depend_on_the_number_of_workers(dataset):
   batches.close()
 
 
+@pytest.mark.parametrize(
+  ("place", "augment", "needed"),
+  [({"short_side": 24}, None, 24), ({"short_side": 24}, AUGMENT, 36), ({"short_side": None}, None, 64)],
+)
+def test_training_asks_for_frames_as_large_as_it_needs(dataset, monkeypatch, place, augment, needed):
+  asked, example = [], dataset.example
+  monkeypatch.setattr(dataset, "example", lambda index, side=np.inf: asked.append(side) or example(index, side))
+  place = {**PLACE, **place}
+  assert len(list(eval_batches(dataset, batch_size=2, **place))) == 6
+  assert set(asked) == {np.inf}  # as others do it
+  asked.clear()
+  batch = next(train_batches(dataset, batch_size=2, seed=0, augment=augment, **place))
+  assert set(asked) == {needed}
+  if needed == 24:  # half of what is stored: the same frames and boxes
+    for row, key in enumerate(batch["key"]):
+      assert numbered_video.number(batch["video"][row, 2, :24, :40]) == min(dataset.keyframes[key].timestamp * 10, 39)
+      np.testing.assert_array_equal(batch["boxes"][row, :2], dataset.keyframes[key].boxes)
+
+
 @pytest.mark.parametrize(("batch_size", "process_count"), [(4, 1), (2, 3), (11, 1), (3, 5)])
 def test_evaluation_sees_everything_once(dataset, batch_size, process_count):
   parts = [

@@ -94,6 +94,17 @@ def test_frames_are_shrunk_but_never_enlarged(source, tmp_path):
   assert same.shape == (1, 48, 80, 3)
 
 
+def test_no_more_than_needed_is_decoded(source, tmp_path):
+  frames = RecordFrames(build(source, tmp_path / "out", "train"))
+  times = [1.2, 3.7, 1.2]
+  whole = frames.frames("steady", times)
+  for short_side, factor in ((48, 1), (25, 1), (24, 2), (13, 2), (12, 4), (3, 8)):
+    part = frames.frames("steady", times, short_side)
+    assert part.shape == (3, 48 // factor, 80 // factor, 3)
+    small = [cv2.resize(frame, (80 // factor, 48 // factor), interpolation=cv2.INTER_AREA) for frame in whole]
+    assert np.abs(part.astype(int) - small).mean() < 2
+
+
 def test_unreadable_videos_are_listed_and_left_out(source, tmp_path, caplog):
   folder = source / "videos" / "train"
   (folder / "empty.mp4").write_bytes(b"")

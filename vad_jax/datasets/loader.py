@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +56,8 @@ class FrameSource(Protocol):
     """Whether there are frames of this video around this time."""
     ...
 
-  def frames(self, video: str, times: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The frames nearest to the times, ``[T, H, W, 3]`` uint8 RGB."""
+  def frames(self, video: str, times: Sequence[float] | np.ndarray, short_side: float = math.inf) -> np.ndarray:
+    """The frames nearest to the times, ``[T, H, W, 3]`` uint8 RGB; maybe smaller where such a short side suffices."""
     ...
 
 
@@ -103,8 +104,11 @@ class ClipDataset(Protocol):
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> Example:
-    """An example as `vad_jax.datasets.augment` describes it, and its ``key``, the index."""
+  def example(self, index: int, short_side: float = math.inf) -> Example:
+    """An example as `vad_jax.datasets.augment` describes it, and its ``key``, the index.
+
+    The frames may be smaller than they are where such a short side suffices.
+    """
     ...
 
   def place(self, index: int) -> tuple[str, float]:
@@ -183,11 +187,14 @@ class KeyframeDataset:
     return len(self.keyframes)
 
   def __getitem__(self, index: int) -> Example:
-    """Frames, annotations and proposals of one keyframe."""
+    return self.example(index)
+
+  def example(self, index: int, short_side: float = math.inf) -> Example:
+    """Frames, annotations and proposals of one keyframe; see `ClipDataset`."""
     keyframe = self.keyframes[index]
     boxes, keep = clip_boxes(keyframe.boxes)
     example = {
-      "video": self.frames.frames(keyframe.video, self.clip.times(keyframe.timestamp)),
+      "video": self.frames.frames(keyframe.video, self.clip.times(keyframe.timestamp), short_side),
       "boxes": boxes[keep],
       "labels": keyframe.labels[keep],
       "box_mask": np.ones(keep.sum(), bool),
@@ -228,6 +235,9 @@ def train_batches(
   process_count: int = 1,
 ) -> grain.DatasetIterator:
   """Endless batches: every example once an epoch, over all processes together, in a new order each epoch.
+
+  Records that are at least twice as large as what is needed are decoded in a part of their size, which `eval_batches`
+  does not do.
 
   Args:
     dataset: what to load.
@@ -347,12 +357,13 @@ class _Rows:
   def evaluate(self, index: int) -> Example:
     """The row of an example; index -1 gives one that fills the batch up."""
     if index >= 0:
-      return self._row(self._dataset[index])
+      return self._row(self._dataset.example(index))
     return self._empty(np.zeros((self._dataset.clip.num_frames, *self._canvas, 3), np.uint8))
 
   def train(self, index: int, rng: np.random.Generator, options: Augment | None) -> Example:
     """The row of an example, augmented; the targets are proposals, too."""
-    example = self._dataset[index]
+    zoom = max(options.scale[1], 1.0) if options else 1.0
+    example = self._dataset.example(index, zoom * (self._short_side or max(self._canvas)))
     if self._max_proposals:
       for proposals, targets in (("proposals", "boxes"), ("proposal_mask", "box_mask")):
         example[proposals] = np.concatenate([example[targets], example[proposals]])

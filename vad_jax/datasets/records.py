@@ -43,6 +43,12 @@ _UNKNOWN_DURATION = 60.0  # guess for a video that does not say how long it is
 _INDEX = "index.json"
 _PLAN = "plan.json"
 _CONTENTS = ".contents.json"  # beside each file of records that is complete
+# What makes OpenCV decode a part of a JPEG's size.
+_REDUCED = {
+  8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+  4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+  2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+}
 _FEATURES = tfds.features.FeaturesDict(
   {
     "video": tfds.features.Text(),
@@ -438,12 +444,14 @@ class RecordFrames:
     position = bisect.bisect_right(seconds, time)
     return position > 0 and time - seconds[position - 1] <= 1
 
-  def frames(self, video: str, times: Sequence[float] | np.ndarray) -> np.ndarray:
+  def frames(self, video: str, times: Sequence[float] | np.ndarray, short_side: float = math.inf) -> np.ndarray:
     """The frames nearest to the given times.
 
     Args:
       video: name of the video.
       times: ``[T]`` seconds, clamped to the video.
+      short_side: pixels that suffice; larger frames may come in a half, quarter or eighth of their size, as long as
+        these are left, which takes less time.
 
     Returns:
       ``[T, H, W, 3]`` uint8 RGB.
@@ -456,11 +464,19 @@ class RecordFrames:
     records: dict[int, dict[str, Any]] = {}
     places = [self._nearest(video, float(time), records) for time in times]
     record = records[places[0][0]]
-    images = np.empty((len(places), record["height"], record["width"], 3), np.uint8)
+    size = record["height"], record["width"]
+    reduction = next((factor for factor in _REDUCED if min(size) >= factor * short_side), 1)
+    images = np.empty((len(places), *(math.ceil(side / reduction) for side in size), 3), np.uint8)
     first: dict[tuple[int, int], int] = {}  # where a frame stands already
     for index, (position, row) in enumerate(places):
       same = first.setdefault((position, row), index)
-      images[index] = self._decode(records[position], row) if same == index else images[same]
+      if same < index:
+        images[index] = images[same]
+      elif not _decode_into(images[index], records[position]["frames"][row], reduction):
+        time = records[position]["times"][row]
+        raise VideoError(
+          f"{self.directory}: the frame of {video}, {time:.3f} s is damaged; delete the folder and build it again"
+        )
     return images
 
   def facts(self, video: str) -> tuple[float, float, tuple[int, int]]:
@@ -496,9 +512,12 @@ class RecordFrames:
       self._source = builder.as_data_source(split=self._split)
     return self._source[number]
 
-  def _decode(self, record: dict[str, Any], row: int) -> np.ndarray:
-    image = cv2.imdecode(np.frombuffer(record["frames"][row], np.uint8), cv2.IMREAD_COLOR_RGB)
-    if image is None or image.shape[:2] != (record["height"], record["width"]):
-      name = f"{record['video'].decode()}, {record['times'][row]:.3f} s"
-      raise VideoError(f"{self.directory}: the frame of {name} is damaged; delete the folder and build it again")
-    return image
+
+def _decode_into(target: np.ndarray, jpeg: bytes, reduction: int) -> bool:
+  """Decodes a JPEG in a part of its size; False where it is damaged or of another size."""
+  flags = cv2.IMREAD_COLOR_RGB | _REDUCED.get(reduction, 0)
+  image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags)
+  if image is None or image.shape != target.shape:
+    return False
+  target[:] = image
+  return True

@@ -6,6 +6,7 @@ other half of the last clip; here they need no filling.)
 """
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -83,7 +84,10 @@ class TubeDataset:
     return len(self.clips)
 
   def __getitem__(self, index: int) -> Example:
-    """Frames and tubes of one clip; `boxes` are ``[T, n, 4]``."""
+    return self.example(index)
+
+  def example(self, index: int, short_side: float = math.inf) -> Example:
+    """Frames and tubes of one clip; `boxes` are ``[T, n, 4]``. See `loader.ClipDataset`."""
     name, numbers = self.clips[index]
     video = self.truth.videos[name]
     shown = numbers.clip(1, video.num_frames)
@@ -95,7 +99,7 @@ class TubeDataset:
       rows = tube.boxes[:, 0].astype(np.int64) - numbers[0]
       boxes[rows, slot], mask[rows, slot] = clip_boxes(tube.boxes[:, 1:] / (width, height, width, height))
     return {
-      "video": self.frames.frames(name, (shown - 1) / video.fps),
+      "video": self.frames.frames(name, (shown - 1) / video.fps, short_side),
       "boxes": boxes,
       "labels": np.eye(self.num_classes, dtype=np.float32)[[tube.label for tube in tubes]],
       "box_mask": mask,

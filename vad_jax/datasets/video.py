@@ -396,8 +396,8 @@ class VideoFrames:
     duration = self._videos[video][1]
     return time >= 0 and (duration is None or time <= duration)
 
-  def frames(self, video: str, times: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The frames nearest to the given times, see `VideoReader.frames_at`.
+  def frames(self, video: str, times: Sequence[float] | np.ndarray, short_side: float = math.inf) -> np.ndarray:
+    """The frames nearest to the given times, see `VideoReader.frames_at`; always as large as they are.
 
     Raises:
       VideoError: there is no such video, or it cannot be read any more.
