@@ -179,7 +179,8 @@ class Bottleneck(nnx.Module):
   ):
     options: dict[str, Any] = {"frozen": frozen, "dtype": dtype, "rngs": rngs}
     step = (1, stride, stride)
-    self.shortcut = None if channels == 4 * width else ConvNorm(channels, 4 * width, (1, 1, 1), step, **options)
+    same = channels == 4 * width and stride == 1
+    self.shortcut = None if same else ConvNorm(channels, 4 * width, (1, 1, 1), step, **options)
     self.a = ConvNorm(channels, width, (frames, 1, 1), **options)
     self.b = ConvNorm(width, width, (1, 3, 3), step, dilation, **options)
     self.c = ConvNorm(width, 4 * width, (1, 1, 1), **options)
@@ -238,8 +239,8 @@ _SOURCES = ("pool1", "res2_2_branch2c_bn", "res3_3_branch2c_bn", "res4_5_branch2
 def _rules(leaves: Mapping[str, str], *templates: str) -> Iterator[tuple[str, Callable[[re.Match[str]], str]]]:
   """Rules for stems, lateral connections, blocks and shortcuts, from two templates of each: convolution and norm.
 
-  ``p`` is 0 in the slow pathway and 1 in the fast one, ``t`` nothing and ``t_``; ``s0``, ``s1`` and ``s2`` are the stage,
-  counted from 0, 1 and 2.
+  ``p`` is 0 in the slow pathway and 1 in the fast one, ``t`` nothing and ``t_``; ``s0``, ``s1``, ``s2`` are the
+  stage, counted from 0, 1, 2.
   """
   for (unit, layer), template in zip(itertools.product(_UNITS, ("conv", "norm")), templates, strict=True):
 
