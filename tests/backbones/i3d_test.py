@@ -259,6 +259,7 @@ def test_half_precision() -> None:
   [
     ({"final_endpoint": "Mixed_4g"}, r"no endpoint 'Mixed_4g': choose one of Conv3d_1a_7x7, .*, Mixed_5c$"),
     ({"final_endpoint": "Mixed_4f", "num_classes": 400}, "needs final_endpoint='Mixed_5c', not 'Mixed_4f'"),
+    ({"norm": "frozn"}, "no norm 'frozn': choose one of frozen, batch"),
   ],
 )
 def test_arguments_that_do_not_fit(arguments: dict, message: str) -> None:

@@ -9,7 +9,7 @@ Every parameter fits the official code's (kinetics-i3d): convolutions without bi
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -61,18 +61,20 @@ class Chain(nnx.Module):
     dtype: jnp.dtype | None,
     rngs: nnx.Rngs,
   ):
+    if norm not in get_args(Norm):
+      raise ValueError(f"no norm {norm!r}: choose one of {', '.join(get_args(Norm))}")
     self.names, self.remat = tuple(names), remat
     for name in names:
-      layer = ENDPOINTS[name]
       if name.startswith("Conv"):
-        features, window, stride = layer
-        unit = Unit(channels, _scaled(features, width), window, stride=stride, norm=norm, dtype=dtype, rngs=rngs)
-        setattr(self, name, unit)
-        channels = unit.features
+        features, window, stride = ENDPOINTS[name]
+        layer = Unit(channels, _scaled(features, width), window, stride=stride, norm=norm, dtype=dtype, rngs=rngs)
       elif name.startswith("Mixed"):
-        mixed = Mixed(channels, [_scaled(features, width) for features in layer], norm=norm, dtype=dtype, rngs=rngs)
-        setattr(self, name, mixed)
-        channels = mixed.features
+        features = [_scaled(features, width) for features in ENDPOINTS[name]]
+        layer = Mixed(channels, features, norm=norm, dtype=dtype, rngs=rngs)
+      else:
+        continue
+      setattr(self, name, layer)
+      channels = layer.features
     self.features = channels
 
   def endpoints(self, x: Array) -> Iterator[tuple[str, Array]]:
@@ -119,7 +121,7 @@ class I3D(Chain):
       rngs: source of the initial parameters.
 
     Raises:
-      ValueError: there is no such endpoint, or the classifier would not get the features of the last one.
+      ValueError: there is no such endpoint or norm, or the classifier would not get the features of the last one.
     """
     names = list(ENDPOINTS)
     if final_endpoint not in names:
