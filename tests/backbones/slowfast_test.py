@@ -146,6 +146,9 @@ def test_three_layouts_of_published_weights_are_the_same_network() -> None:
   ]
   for path in paths:
     caffe2[published(path, slowfast.CAFFE2_NAMES)] = weights[published(path, slowfast.REFERENCE_NAMES)]
+  momentum = {f"{name}_momentum": w for name, w in caffe2.items()}
+  shapes = {name: w.shape for name, w in (caffe2 | momentum).items()}
+  assert slowfast.reference_arguments(shapes) == slowfast.VARIANTS["tiny"]
   pytorchvideo = {torch_names[name].removeprefix("model."): w for name, w in weights.items()}
   native = nnx.state(loaded(weights, **arguments))
   for renamed, names in ((caffe2, slowfast.CAFFE2_NAMES), (pytorchvideo, slowfast.PYTORCHVIDEO_NAMES)):
@@ -185,6 +188,10 @@ def test_slow_frames() -> None:
 def test_bad_arguments() -> None:
   with pytest.raises(ValueError, match="unknown norm 'sync'"):
     slowfast.SlowFast(**SMALL, norm="sync", rngs=nnx.Rngs(0))  # pyright: ignore
+  with pytest.raises(ValueError, match=r"depths \(1, 2\): SlowFast has four stages"):
+    slowfast.SlowFast(**{**SMALL, "depths": (1, 2)}, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="built without a classifier: set num_classes"):
+    nnx.merge(*parts(**SMALL)).classify(jnp.zeros(1), jnp.zeros(1))
   with pytest.raises(ValueError, match="video of 6 frames: SlowFast needs a multiple of 4"):
     jax.eval_shape(nnx.merge(*parts(**SMALL)), jnp.zeros((1, 6, 32, 32, 3)))
 

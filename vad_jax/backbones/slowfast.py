@@ -67,24 +67,32 @@ class SlowFast(nnx.Module):
       remat: recompute blocks in the backward pass instead of storing their activations.
       dtype: computation type; None follows the parameters.
       rngs: source of the initial parameters.
+
+    Raises:
+      ValueError: there is no such norm, or the stages are not four.
     """
     if norm not in ("frozen", "batch"):
       raise ValueError(f"unknown norm {norm!r}: choose frozen or batch")
+    if len(depths) != 4:
+      raise ValueError(f"depths {tuple(depths)}: SlowFast has four stages")
     self.alpha = alpha
     options: dict[str, Any] = {"frozen": norm == "frozen", "dtype": dtype, "rngs": rngs}
-    entering = [fast_width, *(4 * fast_width * 2**stage for stage in range(len(depths) - 1))]  # channels of each stage
-    nothing = [0] * len(depths)
+    leaving = [fast_width * factor for factor in (1, 4, 8, 16)]  # channels of the fast stem and of the stages behind it
     self.lateral = nnx.List(
-      [ConvNorm(channels, 2 * channels, (LATERAL_WINDOW, 1, 1), (alpha, 1, 1), **options) for channels in entering]
+      [ConvNorm(channels, 2 * channels, (LATERAL_WINDOW, 1, 1), (alpha, 1, 1), **options) for channels in leaving]
     )
-    joining = [2 * channels for channels in entering]
+    joining = [2 * channels for channels in leaving]
     self.slow = Pathway(width, depths, SLOW_WINDOWS, joining, dilated=dilated, remat=remat, **options)
-    self.fast = Pathway(fast_width, depths, FAST_WINDOWS, nothing, dilated=dilated, remat=remat, **options)
+    self.fast = Pathway(fast_width, depths, FAST_WINDOWS, (0, 0, 0, 0), dilated=dilated, remat=remat, **options)
     self.widths = self.slow.width, self.fast.width
     self.classifier = nnx.Linear(sum(self.widths), num_classes, dtype=dtype, rngs=rngs) if num_classes else None
 
   def layers(self, video: Array) -> Iterator[tuple[Array, Array]]:
-    """Maps ``[B, T / alpha, h, w, C]`` and ``[B, T, h, w, C']`` of both pathways: after the stems, then each stage."""
+    """Maps ``[B, T / alpha, h, w, C]`` and ``[B, T, h, w, C']`` of both pathways: after the stems, then each stage.
+
+    Raises:
+      ValueError: the slow pathway cannot have its share of the frames.
+    """
     if video.shape[1] % self.alpha:
       raise ValueError(f"video of {video.shape[1]} frames: SlowFast needs a multiple of {self.alpha}")
     slow, fast = self.slow.begin(video[:, slow_frames(video.shape[1], self.alpha)]), self.fast.begin(video)
@@ -100,8 +108,16 @@ class SlowFast(nnx.Module):
     return maps
 
   def classify(self, slow: Array, fast: Array) -> Array:
-    """Maps of both pathways to logits ``[B, K]``; only with ``num_classes``."""
-    assert self.classifier is not None
+    """Maps of both pathways to logits ``[B, K]``.
+
+    PySlowFast averages the probabilities of all windows as large as those of training: in clips of 256 pixels, of 2 x 2
+    windows of 7 x 7 cells.
+
+    Raises:
+      ValueError: there is no classifier.
+    """
+    if self.classifier is None:
+      raise ValueError("SlowFast was built without a classifier: set num_classes")
     return self.classifier(jnp.concatenate([slow.mean((1, 2, 3)), fast.mean((1, 2, 3))], axis=-1))
 
 
@@ -142,10 +158,9 @@ class Pathway(nnx.Module):
     for stage, (depth, frames, more) in enumerate(zip(depths, windows[1:], joining, strict=True)):
       step = 1 if stage == 0 else 2
       stride, dilation = (1, 2) if dilated and stage == len(depths) - 1 else (step, 1)
-      blocks = nnx.List([])
+      blocks, channels = nnx.List([]), channels + more
       for index in range(depth):
-        entering, stride = (channels, 1) if index else (channels + more, stride)
-        blocks.append(Bottleneck(entering, width * 2**stage, frames, stride, dilation, **options))
+        blocks.append(Bottleneck(channels, width * 2**stage, frames, 1 if index else stride, dilation, **options))
         channels = 4 * width * 2**stage
       self.stages.append(blocks)
     self.width = channels
@@ -295,10 +310,10 @@ def reference_arguments(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
   Shapes tell neither ``alpha`` nor whether the last stage is dilated.
   """
-  stems = sorted(shape[0] for shape in shapes.values() if len(shape) == 5 and shape[1] == 3)
+  stems = [shape[0] for shape in shapes.values() if len(shape) == 5 and shape[1] == 3]
   blocks = r"(?:s{}.pathway0_res|res{}_|blocks.{}.multipathway_blocks.0.res_blocks.)(\d+)"
   depths = []
   for stage in range(4):
     found = (re.match(blocks.format(stage + 2, stage + 2, stage + 1), name) for name in shapes)
     depths.append(1 + max(int(match[1]) for match in found if match))
-  return {"width": stems[1], "fast_width": stems[0], "depths": tuple(depths)}
+  return {"width": max(stems), "fast_width": min(stems), "depths": tuple(depths)}
