@@ -115,8 +115,8 @@ class BatchNorm(nnx.BatchNorm):
 
   def __call__(self, x: Array) -> Array:
     """``[..., C]`` to ``[..., C]``."""
-    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return super().__call__(exact).astype(self.result_dtype or x.dtype)
+    # Statistics, being in float32, make all of the computation so: the type is set only now.
+    return super().__call__(x).astype(self.result_dtype or x.dtype)
 
 
 def same_padding(
