@@ -120,6 +120,7 @@ def published(path: str, names) -> str:
     ("lateral.0.conv.kernel", "s1_fuse.conv_f2s.weight", "t_pool1_subsample_w"),
     ("lateral.0.norm.bias", "s1_fuse.bn.bias", "t_pool1_subsample_bn_b"),
     ("lateral.1.conv.kernel", "s2_fuse.conv_f2s.weight", "t_res2_2_branch2c_bn_subsample_w"),
+    ("lateral.2.conv.kernel", "s3_fuse.conv_f2s.weight", "t_res3_3_branch2c_bn_subsample_w"),
     ("lateral.3.norm.mean", "s4_fuse.bn.running_mean", "t_res4_5_branch2c_bn_subsample_bn_rm"),
     ("slow.stages.3.2.b.conv.kernel", "s5.pathway0_res2.branch2.b.weight", "res5_2_branch2b_w"),
     ("fast.stages.0.0.c.norm.scale", "s2.pathway1_res0.branch2.c_bn.weight", "t_res2_0_branch2c_bn_s"),
