@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vad_jax import visualize
-from vad_jax.visualize import color_of, contact_sheet, draw_detections, upscale
+from vad_jax.visualize import color_of, contact_sheet, draw_detections, draw_map, upscale
 
 _CAPTION = ["talk to (e.g., self, a person, a group) 0.71", "stand 0.98"]
 
@@ -138,6 +138,15 @@ def test_colors_are_light_and_differ():
   assert all(0 <= value <= 255 for color in colors for value in color)
   assert all(max(color) >= 200 for color in colors)
   assert color_of(3) == color_of(3)
+
+
+def test_map_is_laid_over_the_frame():
+  frame = _frame(value=100)
+  drawn = draw_map(frame, np.array([[0.0, 1.0], [0.5, 2.0]]))
+  corners = drawn[[0, 0, -1, -1], [0, -1, 0, -1]].sum(-1, dtype=int)
+  assert drawn.shape == frame.shape and (frame == 100).all()
+  assert corners[0] < corners[2] < corners[1] == corners[3]
+  assert (drawn[:120, :160] == drawn[0, 0]).all(), "cells are not smoothed"
 
 
 def test_upscale():

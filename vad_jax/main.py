@@ -46,6 +46,7 @@ _MODE = flags.DEFINE_enum("mode", "train_and_evaluate", ["train", "evaluate", "t
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes (jax.distributed.initialize)")
 
 # Keys that may change between the runs of a working directory: they have no effect on what is learnt.
+_NUM_MAPS = 4  # shown in the report
 _FREE_KEYS = (
   "eval.",
   "log.",
@@ -355,7 +356,10 @@ def _write_results(
   label_map = loaded.info["label_map"]
   write_ava_csv(workdir / "detections.csv", evaluation.detections)
   source = _held_out_video(sets["val"])
-  video = source and predict.predict_video(loaded, source, workdir / "videos", stride=0.25).video
+  seen = hasattr(loaded.model, "maps")
+  shown = source and predict.predict_video(loaded, source, workdir / "videos", stride=0.25, save_maps=seen)
+  video, maps = (shown.video, shown.maps) if shown else (None, None)
+  pictures = sorted(maps.iterdir()) if maps else []
   protocol = config.eval.protocol
   analysis = analyse(evaluation.ground_truth, evaluation.detections, label_map, protocol=protocol)
   numbers = {**numbers, "wall_seconds": time.perf_counter() - begun}
@@ -369,6 +373,7 @@ def _write_results(
     train_counts=_boxes_by_class(sets["train"]) if "train" in sets else None,
     frames=lambda video, time: visualize.upscale(sets["val"].frames.frames(video, [time])[0]),
     video=video,
+    maps=pictures[:: max(1, len(pictures) // _NUM_MAPS)][:_NUM_MAPS],
     config=json.loads(config.to_json_best_effort()),
     warnings=evaluation.frame_map.differences(),
   )

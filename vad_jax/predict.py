@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import av
+import cv2
 import jax
 import numpy as np
 from flax import nnx
@@ -38,7 +39,7 @@ from vad_jax import annotations, checkpoint, progress, visualize
 from vad_jax.batch import Batch, Detections
 from vad_jax.datasets.augment import place_on_canvas
 from vad_jax.datasets.loader import ClipSpec
-from vad_jax.datasets.video import VideoError, VideoReader, VideoWriter, nearest
+from vad_jax.datasets.video import VideoReader, VideoWriter, nearest
 from vad_jax.ops.boxes import iou
 from vad_jax.ops.nms import nms as suppress
 
@@ -85,6 +86,7 @@ class Prediction(NamedTuple):
     csv: AVA result CSV, or None where nothing was written.
     json: readable file of the same, or None.
     video: annotated mp4, or None.
+    maps: folder of pictures, one a keyframe, of what the model sees where; or None.
   """
 
   source: Path
@@ -95,6 +97,7 @@ class Prediction(NamedTuple):
   csv: Path | None = None
   json: Path | None = None
   video: Path | None = None
+  maps: Path | None = None
 
 
 def load(name: str | Path) -> checkpoint.Loaded:
@@ -118,6 +121,7 @@ def predict_video(
   nms: float | None = 0.7,
   batch_size: int = 4,
   draw: bool = True,
+  save_maps: bool = False,
 ) -> Prediction:
   """Detects the actions in one video.
 
@@ -129,16 +133,20 @@ def predict_video(
     actor_threshold: lowest actor score of a person that is reported.
     action_threshold: lowest score of an action that is reported.
     top_k: most actions reported for one person.
-    nms: drops people whose box overlaps a better one by more than this IoU; None keeps all.
+    nms: drops people whose box overlaps a better one by more than this IoU, or is empty; None keeps all.
     batch_size: clips run through the model at once.
     draw: write the annotated video as well.
+    save_maps: write a picture of each keyframe: the model's maps over the frame, all boxes, and those that are kept.
 
   Raises:
+    ValueError: the model has no maps.
     VideoError: the video is missing or cannot be decoded.
     OSError: the output directory cannot be written.
   """
   loaded = load(model) if isinstance(model, str | Path) else model
   source = Path(video)
+  if save_maps and not hasattr(loaded.model, "maps"):
+    raise ValueError(f"{loaded.info['model']['name']} has no maps to save")
   thresholds = {
     "actor_threshold": actor_threshold,
     "action_threshold": action_threshold,
@@ -150,28 +158,31 @@ def predict_video(
     outputs = _prepare_outputs(source, output_dir) if output_dir is not None else {}
     with progress.bar(f"{source.name}: detect", reader.num_frames) as advance:
       frames = _counted(reader, advance)
-      keyframes = [
-        _select(time, found, loaded.info["label_map"], **thresholds)
-        for time, found in _detect(loaded, frames, (height, width), stride, batch_size)
-      ]
+      keyframes = []
+      for time, found, seen in _detect(loaded, frames, (height, width), stride, batch_size, save_maps):
+        keyframes.append(_select(time, found, loaded.info["label_map"], **thresholds))
+        if seen and outputs:
+          _save_maps(outputs["maps"] / f"{time:08.3f}.png", *seen, found, keyframes[-1])
     result = Prediction(source, (height, width), reader.fps, reader.broken, keyframes)
   if outputs:
     _write_csv(result, outputs["csv"])
     _write_json(result, outputs["json"], loaded.info, {"stride": stride, **thresholds})
     if draw:
       annotate(result, outputs["video"])
-    result = result._replace(csv=outputs["csv"], json=outputs["json"], video=outputs["video"] if draw else None)
+    result = result._replace(csv=outputs["csv"], json=outputs["json"])
+    result = result._replace(video=outputs["video"] if draw else None, maps=outputs["maps"] if save_maps else None)
   return result
 
 
 # --- detection ----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run_model(graphdef: Any, state: Any, inputs: dict[str, np.ndarray]) -> Detections:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _run_model(graphdef: Any, state: Any, inputs: dict[str, np.ndarray], with_maps: bool) -> tuple[Detections, Any]:
   batch = cast(Batch, inputs)  # without annotations, which only a loss reads
   model = nnx.merge(graphdef, state)
-  return model.detections(model(batch), batch)
+  out = model(batch)
+  return model.detections(out, batch), model.maps(out, batch) if with_maps else {}
 
 
 def _detect(
@@ -180,8 +191,13 @@ def _detect(
   size: tuple[int, int],
   stride: float | None,
   batch_size: int,
-) -> Iterator[tuple[float, Detections]]:
-  """Runs the model over a stream of frames; yields time and detections (no batch axis) of each keyframe."""
+  with_maps: bool,
+) -> Iterator[tuple[float, Detections, tuple[np.ndarray, dict[str, np.ndarray]] | None]]:
+  """Runs the model over a stream of frames.
+
+  Yields:
+    time and detections (no batch axis) of each keyframe; if asked for, its padded frame and the model's maps of it.
+  """
   graphdef, state = nnx.split(loaded.model)
   offsets = ClipSpec(**loaded.info["clip"]).times(0.0)
   canvas = video_canvas(size, loaded.info["short_side"], loaded.info["canvas"])
@@ -189,20 +205,29 @@ def _detect(
   _, placed_size = place(np.zeros((1, *size, 3), np.uint8))
   video_size = np.tile(np.array(placed_size, np.int32), (batch_size, 1))
 
-  def runs() -> Iterator[tuple[list[float], Detections]]:
+  def runs() -> Iterator[tuple[list[float], np.ndarray, Any]]:
     placed = ((time, place(frame[None])[0][0]) for time, frame in frames)
     for batch in _batched(clips(placed, offsets, stride), batch_size):
       video = np.zeros((batch_size, len(offsets), *canvas, 3), np.uint8)
       video[: len(batch)] = [clip for _, clip in batch]
       key = np.where(np.arange(batch_size) < len(batch), 0, -1).astype(np.int32)
       inputs = {"video": video, "video_size": video_size, "key": key}
-      yield [time for time, _ in batch], _run_model(graphdef, state, inputs)
+      shown = video[:, nearest(offsets, 0.0)].copy() if with_maps else video[:, :0]
+      yield [time for time, _ in batch], shown, _run_model(graphdef, state, inputs, with_maps)
 
   # One batch behind: the device works on a batch while the next one is being decoded.
-  for (times, found), _ in itertools.pairwise(itertools.chain(runs(), [([], None)])):
-    host = jax.device_get(found)
+  height, width = placed_size
+  for (times, shown, run), _ in itertools.pairwise(itertools.chain(runs(), [([], None, None)])):
+    found, maps = jax.device_get(run)
     for row, time in enumerate(times):
-      yield time, Detections(*(column[row] for column in host))
+      real = {}
+      for name, values in maps.items():  # without the padding
+        rows, columns = (
+          round(n * side / padded) for n, side, padded in zip(values.shape[1:], placed_size, canvas, strict=True)
+        )
+        real[name] = values[row, :rows, :columns]
+      seen = (shown[row, :height, :width], real) if with_maps else None
+      yield time, Detections(*(column[row] for column in found)), seen
 
 
 def video_canvas(size: tuple[int, int], short_side: int | None, training_canvas: tuple[int, int]) -> tuple[int, int]:
@@ -308,6 +333,7 @@ def _prepare_outputs(source: Path, output_dir: str | Path) -> dict[str, Path]:
     "csv": directory / f"{source.stem}_detections.csv",
     "json": directory / f"{source.stem}_detections.json",
     "video": directory / f"{source.stem}.mp4",
+    "maps": directory / f"{source.stem}_maps",
   }
   try:
     directory.mkdir(parents=True, exist_ok=True)
@@ -338,6 +364,20 @@ def _write_csv(result: Prediction, path: Path) -> None:
       np.array(score, np.float64),
     ),
   )
+
+
+def _save_maps(
+  path: Path, frame: np.ndarray, maps: dict[str, np.ndarray], found: Detections, kept: KeyframeDetections
+) -> None:
+  """Writes the maps of a keyframe, all boxes in the colour of nobody, and those that passed the thresholds."""
+  path.parent.mkdir(exist_ok=True)
+  frame = visualize.upscale(frame)
+  every = found.boxes[found.valid]
+  pictures = [visualize.draw_map(frame, heat) for heat in maps.values()]
+  pictures.append(visualize.draw_detections(frame, every, [()] * len(every)))
+  captions = [[f"{score:.2f}"] for score in kept.actor_score]
+  pictures.append(visualize.draw_detections(frame, kept.boxes, captions))
+  cv2.imwrite(str(path), visualize.contact_sheet([pictures])[..., ::-1])
 
 
 def _write_json(result: Prediction, path: Path, info: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -467,8 +507,9 @@ def main(arguments: list[str] | None = None) -> int:
         nms=options.nms,
         batch_size=options.batch_size,
         draw=not options.no_video,
+        save_maps=options.save_maps,
       )
-    except (OSError, VideoError) as error:
+    except (OSError, ValueError) as error:
       print(f"error: {error}", file=sys.stderr)
       failed += 1
       continue
@@ -485,7 +526,7 @@ def _report(result: Prediction) -> None:
     print("  nothing passed the thresholds; try a lower --actor-threshold")
   elif not any(actions for keyframe in result.keyframes for actions in keyframe.actions):
     print("  no action passed the thresholds; try a lower --action-threshold")
-  for path in (result.csv, result.json, result.video):
+  for path in (result.csv, result.json, result.video, result.maps):
     if path:
       print(f"  {path}")
 
@@ -518,7 +559,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     help="drop boxes that overlap a better one by more than this IoU, 1 keeps all; default: %(default)s",
   )
   parser.add_argument("--batch-size", default=4, type=_count, help="clips at once; default: %(default)s")
-  parser.add_argument("--no-video", action="store_true", help="write only CSV and JSON")
+  parser.add_argument("--no-video", action="store_true", help="write no annotated video")
+  parser.add_argument(
+    "--save-maps",
+    action="store_true",
+    help="write pictures of what the model sees where, for models that have such maps",
+  )
   options = parser.parse_args(arguments)
   stems = [video.stem for video in options.video]
   if twice := {stem for stem in stems if stems.count(stem) > 1}:

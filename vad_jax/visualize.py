@@ -97,6 +97,22 @@ def draw_detections(
   return image
 
 
+def draw_map(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
+  """Lays a map over a copy of the frame: dark where it is 0, bright where it is 1.
+
+  Args:
+    frame: ``[H, W, 3]`` uint8 RGB.
+    heat: ``[h, w]`` in [0, 1], of the whole frame; its cells are shown as they are.
+  """
+  _check_frame(frame)
+  height, width = frame.shape[:2]
+  cells = np.rint(255 * np.clip(heat, 0, 1)).astype(np.uint8)
+  cells = cv2.resize(cells, (width, height), interpolation=cv2.INTER_NEAREST)
+  colored = cv2.applyColorMap(cells, cv2.COLORMAP_INFERNO)[..., ::-1]
+  grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)[..., None]
+  return np.rint(0.4 * grey + 0.6 * colored).astype(np.uint8)
+
+
 def upscale(frame: np.ndarray, min_short_side: int = 360) -> np.ndarray:
   """Enlarges a small frame, so that captions are readable; one that is large enough comes back as it is."""
   _check_frame(frame)

@@ -161,6 +161,13 @@ def test_boxes_stand_where_they_are(tmp_path):
   assert "A stand missed B stand 0.90 1 walk <fast> 0.75, confusion" in page.text
 
 
+def test_maps_are_part_of_the_page(tmp_path):
+  picture = tmp_path / "map.png"
+  picture.write_bytes(b"picture")
+  shown = [image["src"] for image in _write(tmp_path, maps=[picture, picture]).find("img") if "map" in image["class"]]
+  assert shown == [f"data:image/png;base64,{base64.b64encode(b'picture').decode()}"] * 2
+
+
 def test_large_video_is_linked(tmp_path, monkeypatch):
   monkeypatch.setattr(report, "_INLINE_VIDEO_BYTES", 10)
   video = tmp_path / "videos" / "a clip#1.mp4"

@@ -181,6 +181,14 @@ def test_costs_and_losses_by_hand(run, model):
   np.testing.assert_allclose(loss, sum(expected.values()) / count, rtol=1e-4)
 
 
+def test_maps_show_the_probability_of_actors(run, model):
+  batch = make_batch()
+  out, *_, found = run(batch)
+  heat = np.asarray(model.maps(out, batch)["actor"])
+  assert heat.shape == (2, 4, 8)
+  np.testing.assert_allclose(heat, np.asarray(found.actor_score).reshape(2, 2, 4, 8).max(1), atol=1e-6)
+
+
 def test_padded_targets_and_rows_change_nothing(run):
   batch = make_batch(rows=4)
   batch["key"][2:] = -1

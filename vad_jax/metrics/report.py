@@ -104,6 +104,7 @@ def write_report(
   train_counts: Mapping[int, int] | None = None,
   frames: Frames | None = None,
   video: PathLike | None = None,
+  maps: Sequence[PathLike] = (),
   config: Mapping[str, Any] | None = None,
   warnings: Sequence[str] = (),
   before: tuple[str, FrameMap] | None = None,
@@ -121,6 +122,7 @@ def write_report(
     train_counts: class id to number of training boxes; they order the classes.
     frames: gives the picture of a keyframe, ``[H, W, 3]`` uint8 RGB, or None where there is none.
     video: an mp4; becomes part of the page when it is small, else a link relative to the page.
+    maps: pictures of what the model sees where in that video.
     config: settings of the run, shown folded.
     warnings: sentences that the reader should know before the numbers.
     before: name and scores of another run, to compare with.
@@ -166,6 +168,7 @@ def write_report(
     changes=[(label_map[change.action], change) for change in changes],
     largest_change=max((abs(change.gain) for change in changes), default=0.0) or 1.0,
     video=None if video is None else _video_source(Path(video), path),
+    maps=[_data_uri("image/png", Path(picture).read_bytes()) for picture in maps],
     config=None if config is None else json.dumps(config, indent=2, default=str),
     json_name=path.with_suffix(".json").name,
     version=vad_jax.__version__,

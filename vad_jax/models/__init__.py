@@ -17,6 +17,9 @@ MODELS = {
 class System(Protocol):
   """What training, evaluation and prediction ask of a model. There is no base class: a model just has these members.
 
+  A model with something to see has ``maps(out, batch)`` as well, which gives maps of the padded keyframe by name:
+  ``[B, h, w]`` in [0, 1].
+
   Attributes:
     class_parameters: regular expression of the paths of parameters whose shape follows the number of classes.
   """

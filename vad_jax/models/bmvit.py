@@ -222,6 +222,10 @@ class BMViT(nnx.Module):
       out["token_mask"] & (jnp.asarray(batch["key"])[:, None] >= 0),
     )
 
+  def maps(self, out: dict[str, Any], batch: Batch) -> dict[str, Array]:
+    """Where the network sees actors: the highest probability of the tokens at a place (Figure 3)."""
+    return {"actor": out["actor_map"].max(1)}
+
 
 # --- Parts of the network -------------------------------------------------------------------------------------------
 
