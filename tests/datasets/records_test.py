@@ -195,6 +195,37 @@ def test_a_damaged_record_is_named(source, tmp_path, monkeypatch, jpeg):
     frames.frames("steady", [2.0])
 
 
+def cut(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def blot(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  ("pattern", "damage", "message"),
+  [
+    ("*array_record*", cut, r"out/train: record \d+ cannot be read \(.*\); delete the folder and build it again"),
+    ("*array_record*", blot, r"out/train: record \d+ cannot be read \(.*hash mismatch"),
+    ("*array_record*", lambda path: path.unlink(), r"out/train: record 0 cannot be read \(.*No such file"),
+    ("dataset_info.json", lambda path: path.unlink(), r"out/train: record 0 cannot be read \(.*dataset_info\.json"),
+    ("index.json", cut, r"out/train/index\.json: damaged; delete the folder and build it again"),
+    ("index.json", lambda path: path.write_text("[]"), r"index\.json: damaged"),
+  ],
+)
+def test_damaged_files_of_records_are_named(source, tmp_path, pattern, damage, message):
+  folder = build(source, tmp_path / "out", "train")
+  damage(next(folder.glob(pattern)))
+  with pytest.raises(VideoError, match=message) as caught:
+    frames = RecordFrames(folder)
+    for video in frames._seconds:
+      frames.frames(video, np.arange(0, 5, 0.3))
+  assert "\n" not in str(caught.value)
+
+
 def test_tensorflow_is_not_needed(source, tmp_path):
   script = (
     "import sys; from vad_jax.datasets.records import RecordFrames, build;"

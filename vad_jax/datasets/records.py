@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _FILES = 64
 _SECONDS_PER_FILE = (30, 1000)  # at least, at most
 _UNKNOWN_DURATION = 60.0  # guess for a video that does not say how long it is
+_REBUILD = "delete the folder and build it again"
 _INDEX = "index.json"
 _PLAN = "plan.json"
 _CONTENTS = ".contents.json"  # beside each file of records that is complete
@@ -192,7 +193,7 @@ def build_from(
   made_from = {"short_side": short_side, "quality": quality, "sources": fingerprints}
   with _alone(folder.with_name(f".{split}.lock")):
     if (folder / _INDEX).is_file():
-      if json.loads((folder / _INDEX).read_text())["made_from"] == made_from:
+      if _read_index(folder)["made_from"] == made_from:
         return folder
       logger.warning("%s: videos or settings have changed, building the records again", folder)
     partial = folder.with_name(f".{split}.part")
@@ -411,6 +412,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
   part.replace(path)
 
 
+def _read_index(folder: Path) -> dict[str, Any]:
+  try:
+    index = json.loads((folder / _INDEX).read_text())
+    return {key: index[key] for key in ("split", "made_from", "seconds")}
+  except (ValueError, KeyError, TypeError):
+    raise VideoError(f"{folder / _INDEX}: damaged; {_REBUILD}") from None
+
+
 class RecordFrames:
   """Frames out of records that `build` made.
 
@@ -425,10 +434,9 @@ class RecordFrames:
       VideoError: there are no complete records.
     """
     self.directory = Path(directory)
-    try:
-      index = json.loads((self.directory / _INDEX).read_text())
-    except FileNotFoundError:
-      raise VideoError(f"{directory}: no records here; make them with vad_jax.datasets.records.build") from None
+    if not (self.directory / _INDEX).is_file():
+      raise VideoError(f"{directory}: no records here; make them with vad_jax.datasets.records.build")
+    index = _read_index(self.directory)
     self._split: str = index["split"]
     self._seconds: dict[str, list[int]] = index["seconds"]
     starts = itertools.accumulate((len(seconds) for seconds in self._seconds.values()), initial=0)
@@ -474,9 +482,7 @@ class RecordFrames:
         images[index] = images[same]
       elif not _decode_into(images[index], records[position]["frames"][row], reduction):
         time = records[position]["times"][row]
-        raise VideoError(
-          f"{self.directory}: the frame of {video}, {time:.3f} s is damaged; delete the folder and build it again"
-        )
+        raise VideoError(f"{self.directory}: the frame of {video}, {time:.3f} s is damaged; {_REBUILD}")
     return images
 
   def facts(self, video: str) -> tuple[float, float, tuple[int, int]]:
@@ -507,10 +513,14 @@ class RecordFrames:
     return best[1:]
 
   def _read(self, number: int) -> dict[str, Any]:
-    if self._source is None:
-      builder: Any = tfds.builder_from_directory(self.directory)
-      self._source = builder.as_data_source(split=self._split)
-    return self._source[number]
+    try:
+      if self._source is None:
+        builder: Any = tfds.builder_from_directory(self.directory)
+        self._source = builder.as_data_source(split=self._split)
+      return self._source[number]
+    except (RuntimeError, OSError, ValueError) as error:
+      reason = str(error).partition("\n")[0]
+      raise VideoError(f"{self.directory}: record {number} cannot be read ({reason}); {_REBUILD}") from None
 
 
 def _decode_into(target: np.ndarray, jpeg: bytes, reduction: int) -> bool:
