@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vad_jax import annotations
 from vad_jax.annotations import AnnotationError
@@ -211,3 +213,43 @@ def test_bad_label_map(tmp_path, item, complaint):
 def test_label_map_without_classes(tmp_path):
   with pytest.raises(AnnotationError, match="no class found"):
     annotations.read_label_map(_write(tmp_path, "1,stand\n"))
+
+
+FIELDS = st.sampled_from(
+  [
+    *("clip", "0902", "0.5", "1", "80", "1.5", "-0", "1e400", "nan", "inf", "-inf", "1_0", "0x1", "2147483648", "1e3"),
+    *("+3", "True", "0.1.2", "#1", '"a"', "1;2", "\u0661", "\x00", "", " 7", "7 ", "a b", "\t", "\r", "\x0c", "\xa0"),
+    "\u2028",
+  ]
+)
+ROWS = st.one_of(
+  st.just(_GOOD.split(",")),
+  st.lists(FIELDS, max_size=9),
+  st.tuples(st.integers(0, 7), FIELDS).map(
+    lambda x: [x[1] if i == x[0] else f for i, f in enumerate(_GOOD.split(","))]
+  ),
+)
+
+
+@settings(
+  max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(rows=st.lists(ROWS, max_size=4), end=st.sampled_from(["\n", "\r\n", "\n\n", ""]))
+def test_any_text_is_rows_or_an_error_of_one_line(tmp_path, rows, end):
+  text = (end or "\n").join(",".join(row) for row in rows) + end
+  path = _write(tmp_path, text)
+  try:
+    found = annotations.read_ava_csv(path)
+  except AnnotationError as error:
+    assert str(error).startswith(f"{path}:") and "\n" not in str(error)
+    return
+  boxes = found.action > 0
+  assert np.isfinite(found.timestamp).all() and np.isfinite(found.boxes[boxes]).all()
+  assert np.isnan(found.boxes[~boxes]).all() and not np.isnan(found.extra).any() and (found.action >= 0).all()
+  assert all(found.video)
+  # Rows that are parsed together give what they give one by one.
+  lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines(keepends=True) if not line.isspace()]
+  together = annotations._parse_full_rows(lines, {}) if lines else None
+  if together:
+    for one, other in zip(together, annotations._parse_rows(lines, {}, path, 1), strict=True):
+      np.testing.assert_array_equal(one, other)
