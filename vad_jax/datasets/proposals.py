@@ -4,7 +4,7 @@ In a set they are ``annotations/<split>_proposals.csv``, an AVA result CSV with 
 ``video_id,timestamp,x1,y1,x2,y2,1,score``.
 """
 
-import csv
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,20 +58,20 @@ def read_published(path: PathLike) -> Rows:
 
 def _boxes_of_csv(path: PathLike) -> list[tuple[str, float, list[float], float]]:
   best: dict[tuple[str, ...], float] = {}
-  with open(path, encoding="utf-8-sig", newline="") as file:
-    for number, fields in enumerate(csv.reader(file), 1):
-      if not fields:
-        continue
+  try:
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+  except UnicodeDecodeError:
+    raise AnnotationError(f"{path}: not a text file; expected a CSV in UTF-8") from None
+  for number, line in enumerate(lines, 1):
+    if line.strip():
       try:
-        video, *place, _, score = fields
+        video, *place, _, score = line.split(",")
         box = tuple(place)
         values = [float(value) for value in (*box, score)]
       except ValueError:
         values = []
       if len(values) != 6 or not np.isfinite(values).all():
-        raise AnnotationError(
-          f"{path}:{number}: {','.join(fields)}; expected video,second,x1,y1,x2,y2,label,score with numbers"
-        )
+        raise AnnotationError(f"{path}:{number}: {line}; expected video,second,x1,y1,x2,y2,label,score with numbers")
       best[video, *box] = max(values[-1], best.get((video, *box), -np.inf))
   return [(video, float(second), [float(x) for x in box], score) for (video, second, *box), score in best.items()]
 
