@@ -60,6 +60,7 @@ Config = Any  # an ml_collections.ConfigDict, whose attributes a type checker ca
 
 NUM_CLASSES = {"ava": 80, "synthetic": 80, "jhmdb": 21, "ucf101_24": 24}  # of sets that are the same for everybody
 COUNTS = ("exact", "paper", "run")  # see the module's docstring
+DEPTHWISE = "depthwise"  # named scope of convolutions that are sums of products of whole arrays
 NOT_COUNTED = ("roi_align", "importance")  # named scopes that only ``run`` counts
 
 
@@ -232,7 +233,8 @@ def multiply_adds(jaxpr: core.Jaxpr, model: Any, paper: Paper | None = None) -> 
   parts: dict[str, dict[str, int]] = {}
   for scopes, times, eqn in _operations(jaxpr):
     path = next((scope.removeprefix(_MODULE) for scope in reversed(scopes) if scope.startswith(_MODULE)), "")
-    run = times * _products(eqn)
+    elementwise = DEPTHWISE in scopes and eqn.primitive.name == "mul"
+    run = times * (_aval(eqn.outvars[0]).size if elementwise else _products(eqn))
     left_out = next((scope for scope in scopes if scope in NOT_COUNTED), None)
     rule = Rule("", 0, 0) if left_out else next((r for r in rules if re.fullmatch(r.path, path)), Rule("", 1, 1))
     added = {"run": run, "exact": run * rule.exact, "paper": run * rule.paper}

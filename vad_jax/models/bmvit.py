@@ -75,7 +75,7 @@ VARIANTS = {
   "mvitv2_s": Variant(MViT, mvit.VARIANTS["mvitv2_s"]),
   "vit_b": Variant(ViT, {"width": 768, "depth": 12, "heads": 12}, "centre", attend=True, **_IMAGENET),
   "hiera_l": Variant(Hiera, hiera.VARIANTS["large"]),
-  "tiny": Variant(MViT, {**mvit.VARIANTS["tiny"], "trained_size": (8, 96, 128)}),
+  "tiny": Variant(MViT, {**mvit.VARIANTS["tiny"], "trained_size": (8, 96, 96)}),
 }
 
 
