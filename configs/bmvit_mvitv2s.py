@@ -9,8 +9,6 @@ whether clips were flipped; that is chosen here. ``keep_aspect`` gives the frame
 340 pixels in training (Table 1c, 28.5 mAP).
 """
 
-import math
-
 from ml_collections import ConfigDict
 
 from configs import common, quickstart
@@ -21,7 +19,7 @@ def get_config(arg: str | None = None) -> common.Config:
   options = common.parse_arg(arg, side=256, tokens="", last_pool=False, keep_aspect=False, tiny=False)
   config = recipe(options.side)
   if options.keep_aspect:
-    long_side = 32 * math.ceil(options.side * 16 / 9 / 32)
+    long_side = -(-options.side * 16 // (9 * 32)) * 32  # 16:9, in whole patches
     config.resize, config.short_side = "short_side", options.side
     config.canvas = ((options.side, long_side), (long_side, options.side))
     config.augment.scale = (240 / 256, 340 / 256)
@@ -63,5 +61,5 @@ def learn_quickly(config: common.Config) -> None:
     config[key] = quick[key]
   config.canvas = (96, 96)
   config.model.variant, config.model.drop_path, config.model.remat = "tiny", 0.0, False
-  config.schedule.learning_rate = 1e-3
+  config.schedule.learning_rate = 1.5e-3
   config.eval.score = "product"
