@@ -41,8 +41,9 @@ def base() -> Config:
   config.augment = ConfigDict({"flip": 0.5, "scale": (1.0, 1.0), "square": False, "color": 0.0, "brightness": 0.0})
   config.augment.update({"contrast": 0.0, "saturation": 0.0, "hue": 0.0, "box_jitter": 0.0})
 
+  # name: adamw, or sgd, which has momentum and nesterov as well (see vad_jax.optim).
   # groups: pairs of a regular expression of parameter names and a factor of the learning rate.
-  config.optimizer = ConfigDict({"weight_decay": 1e-4, "groups": (), "no_decay": ()})
+  config.optimizer = ConfigDict({"name": "adamw", "weight_decay": 1e-4, "groups": (), "no_decay": ()})
   config.optimizer.clip_norm = config_dict.placeholder(float)
   # Name of a schedule of vad_jax.optim, and its arguments.
   config.schedule = ConfigDict({"name": "cosine", "learning_rate": 1e-4})

@@ -84,6 +84,33 @@ def test_optimizer_is_adamw_by_group() -> None:
     np.testing.assert_allclose(updates[part][leaf], wanted, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_by_hand(nesterov: bool) -> None:
+  params, gradients = {"head": {"w": jnp.full((2, 2), 2.0)}, "b": jnp.ones(2)}, [1.0, 3.0]
+  sgd = optim.make_optimizer(
+    params,
+    name="sgd",
+    learning_rate=lambda step: jnp.where(step == 0, 0.1, 0.2),
+    weight_decay=0.5,
+    groups=(("^head/", 4.0),),
+    momentum=0.9,
+    nesterov=nesterov,
+  )
+  state, sums = sgd.init(params), [0.0, 0.0]
+  for rate, gradient in zip((0.1, 0.2), gradients, strict=True):
+    updates, state = sgd.update(jax.tree.map(lambda x, g=gradient: jnp.full(x.shape, g), params), state, params)
+    for index, (found, factor, penalty) in enumerate(((updates["head"]["w"], 4, 0.5 * 2), (updates["b"], 1, 0))):
+      now = gradient + penalty
+      sums[index] = 0.9 * sums[index] + now
+      moved = now + 0.9 * sums[index] if nesterov else sums[index]
+      np.testing.assert_allclose(found, np.full(found.shape, -rate * factor * moved), rtol=1e-6)
+
+
+def test_unknown_optimizer() -> None:
+  with pytest.raises(ValueError, match="'adam': choose adamw or sgd"):
+    optim.make_optimizer({"w": jnp.ones(2)}, name="adam", learning_rate=lambda _: 1, weight_decay=0)
+
+
 def test_clips_the_global_norm() -> None:
   params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
   # An epsilon far above the gradients makes Adam linear in them.

@@ -22,9 +22,9 @@ unknown length once), of a condition its dearest branch. There are three counts:
 last one that needs it. Fusion takes less, since many arrays are never made; compilers that change the order or copy
 operands take more (XLA on a CPU several times as much for gradients). Inference is one clip: weights, input, and the
 most that exists in between at a time. Training is one microbatch on one device that holds all parameters: these (and
-their moving average), AdamW's two moments, the batch, and the most that exists while gradients are computed, which
-includes them and what the forward pass keeps for the backward one (less with ``remat``). A batch that is taken in
-several microbatches sums their gradients: as much as the parameters once more.
+their moving average), AdamW's two moments or the one of SGD, the batch, and the most that exists while gradients are
+computed, which includes them and what the forward pass keeps for the backward one (less with ``remat``). A batch that
+is taken in several microbatches sums their gradients: as much as the parameters once more.
 """
 
 import argparse
@@ -97,7 +97,8 @@ def describe(config: Config, size: Size | None = None, *, training: bool = True)
   memory = {"weights": _tree_bytes(state), "inference": _tree_bytes(state) + _tree_bytes(batch) + peak}
   if training:
     examples = abstract_batch(config, size, clips=config.microbatch or config.batch_size, tube=tube)
-    memory |= training_memory(model, examples, averaged=config.ema_decay is not None)
+    moments = 1 if config.optimizer.name == "sgd" else 2
+    memory |= training_memory(model, examples, moments=moments, averaged=config.ema_decay is not None)
   return {
     "model": config.model.to_dict(),
     "input": list(size),
@@ -299,17 +300,18 @@ def peak_memory(jaxpr: core.Jaxpr, results: Sequence[Any] | None = None) -> int:
   return peak
 
 
-def training_memory(model: Any, batch: Batch, *, averaged: bool = False) -> dict[str, int]:
+def training_memory(model: Any, batch: Batch, *, moments: int = 2, averaged: bool = False) -> dict[str, int]:
   """Memory of training, in bytes.
 
   Args:
     model: the system.
     batch: shapes of one microbatch.
+    moments: how many numbers the optimizer keeps for each parameter.
     averaged: whether a moving average of the parameters exists.
 
   Returns:
-    ``microbatch``, its clips; ``training``, everything; of it ``gradients``, ``moments`` of AdamW, and what the forward
-    pass has ``kept`` for the backward one.
+    ``microbatch``, its clips; ``training``, everything; of it ``gradients``, ``moments`` of the optimizer, and what the
+    forward pass has ``kept`` for the backward one.
   """
   graphdef, params, rest = split_model(nnx.view(model, raise_if_not_found=False, deterministic=False))
 
@@ -331,8 +333,8 @@ def training_memory(model: Any, batch: Batch, *, averaged: bool = False) -> dict
     "microbatch": len(batch["key"]),
     "gradients": size,
     "kept": sum(map(_bytes, kept)),
-    "moments": 2 * size,
-    "training": _tree_bytes((params, rest, batch)) + (3 if averaged else 2) * size + peak,
+    "moments": moments * size,
+    "training": _tree_bytes((params, rest, batch)) + (moments + averaged) * size + peak,
   }
 
 
@@ -500,7 +502,7 @@ def _print(description: dict[str, Any]) -> None:
     "inference of one clip": "inference",
     f"training on {clips} clips at a time": "training",
     "  of it gradients": "gradients",
-    "  of it moments of AdamW": "moments",
+    "  of it moments of the optimizer": "moments",
     "  of it kept for the backward pass": "kept",
   }.items():
     memory.add_row(label, f"{description['memory'][key] / 2**30:.2f}")

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the optimizer: AdamW with groups chosen by the names of the parameters."""
+"""Learning-rate schedules and the optimizers: AdamW and SGD, with groups chosen by the names of the parameters."""
 
 import re
 from collections.abc import Sequence
@@ -91,28 +91,35 @@ def make_optimizer(
   *,
   learning_rate: optax.Schedule,
   weight_decay: float,
+  name: str = "adamw",
   groups: Groups = (),
   no_decay: Sequence[str] = (),
   clip_norm: float | None = None,
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
+  momentum: float = 0.9,
+  nesterov: bool = False,
 ) -> optax.GradientTransformation:
-  """AdamW with a learning rate and weight decay by group.
+  """AdamW or SGD with a learning rate and weight decay by group.
 
   Args:
     params: a pytree of arrays, abstract or concrete; only its names and shapes are looked at.
     learning_rate: rate as a function of the step, before the factor of the group.
-    weight_decay: decoupled, multiplied by the learning rate.
+    weight_decay: times the parameter is added to what AdamW makes of the gradient (decoupled), or to the gradient
+      itself before SGD's momentum (an L2 penalty).
+    name: ``adamw`` or ``sgd``.
     groups: see ``group_of``.
     no_decay: see ``group_of``.
     clip_norm: largest global norm of the gradients; None does not clip.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    b1: decay of AdamW's first moment.
+    b2: decay of its second moment.
     eps: added to the root of the second moment.
+    momentum: decay of SGD's sum of gradients.
+    nesterov: SGD looks one step ahead.
 
   Raises:
-    ValueError: the pattern of a group matches no parameter, so that it would do nothing.
+    ValueError: the name is not known, or the pattern of a group matches no parameter, so that it would do nothing.
   """
   paths = [path_of(path) for path, _ in jax.tree.leaves_with_path(params)]
   for pattern, _ in groups:
@@ -124,12 +131,18 @@ def make_optimizer(
       lambda path, x: group_of(path_of(path), x.shape, groups=groups, no_decay=no_decay)[what], params
     )
 
+  decay = optax.add_decayed_weights(weight_decay, choose(1))
+  if name == "adamw":
+    update = optax.scale_by_adam(b1, b2, eps), decay
+  elif name == "sgd":
+    update = decay, optax.trace(momentum, nesterov)
+  else:
+    raise ValueError(f"unknown optimizer {name!r}: choose adamw or sgd")
   scales = choose(0)
   scale_groups = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales))
   return optax.chain(
     *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
-    optax.scale_by_adam(b1, b2, eps),
-    optax.add_decayed_weights(weight_decay, choose(1)),
+    *update,
     scale_groups,
     optax.scale_by_learning_rate(learning_rate),
   )
