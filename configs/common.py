@@ -28,7 +28,8 @@ def base() -> Config:
   config.resize_positions = False  # where the weights have tables of positions for another size of video
 
   # Name of the set, folder of all prepared sets, and arguments of the set's function in vad_jax.datasets: tubes=True
-  # for targets in every frame, proposal_threshold, the least score of given person boxes, and so on.
+  # for targets in every frame; proposal_threshold, the least score of given person boxes, or oracle=True, which gives
+  # the annotated ones; and so on.
   config.data = ConfigDict({"name": "synthetic", "root": "data"})
   config.clip = ConfigDict({"num_frames": 16, "frame_stride": 4, "fps": 30.0})
   # Height and width of the padded frames, multiples of 32; or several of these, of which a video gets the one it fills.
@@ -41,9 +42,10 @@ def base() -> Config:
   config.augment = ConfigDict({"flip": 0.5, "scale": (1.0, 1.0), "square": False, "color": 0.0, "brightness": 0.0})
   config.augment.update({"contrast": 0.0, "saturation": 0.0, "hue": 0.0, "box_jitter": 0.0})
 
-  # name: adamw, or sgd, which has momentum and nesterov as well (see vad_jax.optim).
+  # name: adamw or sgd.
   # groups: pairs of a regular expression of parameter names and a factor of the learning rate.
   config.optimizer = ConfigDict({"name": "adamw", "weight_decay": 1e-4, "groups": (), "no_decay": ()})
+  config.optimizer.update({"momentum": 0.9, "nesterov": False})  # of sgd
   config.optimizer.clip_norm = config_dict.placeholder(float)
   # Name of a schedule of vad_jax.optim, and its arguments.
   config.schedule = ConfigDict({"name": "cosine", "learning_rate": 1e-4})
@@ -57,6 +59,8 @@ def base() -> Config:
   # score: "product" of actor and action, or "action" alone; persons below actor_threshold say nothing then.
   config.eval = ConfigDict({"every_epochs": 1.0, "protocol": "activitynet", "score": "product"})
   config.eval.update({"actor_threshold": 0.0, "score_threshold": 0.0})
+  config.eval.canvas = config_dict.placeholder(tuple)  # where it is another one than in training, with its short side
+  config.eval.short_side = config_dict.placeholder(int)
   config.log = ConfigDict({"every_steps": 50})
   config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2})
   return config.lock()

@@ -62,6 +62,8 @@ def test_config_fits_the_code(name: str, arg: str | None) -> None:
     "labels": jax.ShapeDtypeStruct((1, config.max_boxes, NUM_CLASSES), jnp.float32),
     "box_mask": jax.ShapeDtypeStruct((1, config.max_boxes), jnp.bool_),
     "key": jax.ShapeDtypeStruct((1,), jnp.int32),
+    "proposals": jax.ShapeDtypeStruct((1, config.max_proposals, 4), jnp.float32),
+    "proposal_mask": jax.ShapeDtypeStruct((1, config.max_proposals), jnp.bool_),
   }
   graphdef, state = nnx.split(nnx.view(model, deterministic=True))
 

@@ -1,9 +1,10 @@
-"""Test-wide settings: CPU with 8 virtual devices, exact matmuls, absl flags parsed (grain defines some)."""
+"""Test-wide settings: CPU with 8 virtual devices, exact matmuls, quick compilation, absl flags parsed (grain's)."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # most of a test's time is compilation
 
 import jax
 from absl import flags

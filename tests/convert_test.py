@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,7 +15,9 @@ from tests import golden_files, seeded
 from tests.models.evad_parity_test import official_weights
 from vad_jax import checkpoint, convert, models
 from vad_jax.backbones.hiera import Hiera
+from vad_jax.backbones.i3d import I3D
 from vad_jax.backbones.mvit import MViT
+from vad_jax.backbones.slowfast import SlowFast
 from vad_jax.backbones.vit import ViT
 from vad_jax.layers.position import linear_matrix, sincos_positions
 from vad_jax.models import bmvit
@@ -22,6 +26,7 @@ from vad_jax.models.evad import EVAD
 Weights = dict[str, np.ndarray]
 TINY = {"width": 96, "depth": 3, "heads": 3}
 MVIT = {"width": 32, "depths": (1, 1), "heads": 1}
+SMALL = {"width": 16, "fast_width": 4, "depths": (1, 1, 1, 1)}
 KINETICS_HEAD = {"head.projection.weight": np.zeros((400, 64)), "head.projection.bias": np.zeros(400)}
 HIERA = {"width": 96, "depths": (1, 1), "heads": 1}
 
@@ -329,6 +334,83 @@ def test_hiera(tmp_path: Path) -> None:
   unequal = Hiera(**HIERA, trained_size=(4, 64, 96), rngs=nnx.Rngs(0))
   with pytest.raises(convert.ConversionError, match="pos_embed_spatial"):
     convert.load_reference(unequal, weights, resize_positions=True)
+
+
+def published(model: nnx.Module, source: str) -> Weights:
+  """A file of this kind that holds the values of a model."""
+  kind, found = convert.SOURCES[source], {}
+  for path, variable in nnx.to_flat_state(nnx.state(model)):
+    (name,) = convert.published_names(path, kind)
+    value = np.asarray(variable[...])
+    found[name] = value if kind.channels_last or path[-1] != "kernel" else np.moveaxis(value, (-1, -2), (0, 1))
+  return found
+
+
+def shuffled(model: nnx.Module) -> nnx.Module:
+  """A model whose scales and statistics are not what they start as."""
+  rng = np.random.default_rng(0)
+  state = nnx.state(model)
+  nnx.update(model, jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype), state))
+  return model
+
+
+@pytest.mark.parametrize(
+  ("source", "extra"),
+  [
+    ("i3d", {"Logits/Conv3d_0c_1x1/conv_3d/w": (1, 1, 1, 1024, 400), "Mixed_3b/Branch_0/w/Momentum": (3,)}),
+    ("i3d_pytorch", {"logits.conv3d.bias": (400,), "Mixed_3b.b0.bn.num_batches_tracked": ()}),
+    ("slowfast", {"head.projection.bias": (400,), "s1_fuse.bn.num_batches_tracked": ()}),
+    ("slowfast_pytorchvideo", {"blocks.6.proj.bias": (80,), "detection_head.proj.weight": (80, 2304)}),
+    ("slowfast_caffe2", {"pred_w": (400, 2304), "conv1_w_momentum": (3,), "lr": (), "model_iter": ()}),
+  ],
+)
+def test_convolutional_backbones(source: str, extra: dict[str, tuple[int, ...]]) -> None:
+  """Running statistics are loaded as well, and every layout gives the same network."""
+  make = (
+    (lambda: I3D(width=0.125, rngs=nnx.Rngs(0)))
+    if source.startswith("i3d")
+    else lambda: SlowFast(**SMALL, rngs=nnx.Rngs(0))
+  )
+  model = shuffled(make())
+  weights = published(model, source)
+  if source == "i3d_pytorch":  # these files have scales, which are one
+    norms = [name for name in weights if name.endswith("bn.bias")]
+    weights |= {name.replace("bias", "weight"): np.ones_like(weights[name]) for name in norms}
+  weights |= {name: np.zeros(shape, np.float32) for name, shape in extra.items()}
+  again = make()
+  report = convert.load_reference(again, weights)
+  assert report.source == source and report.licence == "Apache 2.0"
+  assert set(extra) <= set(report.named("skipped"))
+  assert_same(model, again)
+  if source == "i3d_pytorch":
+    weights[norms[0].replace("bias", "weight")] *= 2
+    with pytest.raises(convert.ConversionError, match="is not one everywhere"):
+      convert.load_reference(again, weights)
+
+
+def test_converted_statistics(tmp_path: Path) -> None:
+  """What came from a file comes out of the checkpoint, running statistics included; a trunk takes its part."""
+  model = shuffled(I3D(width=0.125, rngs=nnx.Rngs(0)))
+  weights = published(model, "i3d_pytorch")
+  save_file({name: np.ascontiguousarray(value) for name, value in weights.items()}, tmp_path / "i3d.safetensors")
+  convert.convert(tmp_path / "i3d.safetensors", tmp_path / "i3d")
+  again = I3D(width=0.125, rngs=nnx.Rngs(1))
+  convert.load_reference(again, tmp_path / "i3d")
+  assert_same(model, again)
+
+  class Detector(nnx.Module):
+    def __init__(self):
+      self.backbone = I3D(width=0.125, final_endpoint="Mixed_4f", rngs=nnx.Rngs(1))
+      self.head = nnx.Linear(3, 3, rngs=nnx.Rngs(1))
+
+  for origin in (weights, tmp_path / "i3d"):
+    detector = Detector()
+    report = convert.load_reference(detector, origin)
+    assert report.named("missing") == ["head.bias", "head.kernel"]
+    assert all("Mixed_5" in name for name in report.named("skipped"))
+    values, whole = parameters(detector.backbone), parameters(model)
+    for name, value in values.items():
+      np.testing.assert_array_equal(value, whole[name], err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ class Batch(TypedDict):
     key: ``[B]`` int32 index of the example in its dataset; -1 marks a row that only fills up the batch.
     proposals: ``[B, P, 4]`` float32 given person boxes, for systems that take them.
     proposal_mask: ``[B, P]`` bool.
+    proposal_score: ``[B, P]`` float32 probability that a given box holds a person, where it is known.
   """
 
   video: Array
@@ -32,6 +33,7 @@ class Batch(TypedDict):
   key: Array
   proposals: NotRequired[Array]
   proposal_mask: NotRequired[Array]
+  proposal_score: NotRequired[Array]
 
 
 class Detections(NamedTuple):

@@ -219,16 +219,18 @@ def load_arrays(directory_or_name: PathLike) -> tuple[dict[str, np.ndarray], Inf
     directory_or_name: see ``load_model``; may hold a backbone alone.
 
   Returns:
-    Arrays by their path, joined by dots, and the info.
+    Parameters and running statistics by their path, joined by dots, and the info.
 
   Raises:
     CheckpointError: there is no checkpoint, or it is damaged.
   """
   path = _find(directory_or_name)
   info = _read_info(path)
-  part, name = ("ema", "ema") if (path / "ema").exists() else ("weights", "params")
-  tree: Any = _load(path, {part: _place(_saved(path, part))})[part]
-  return {key.replace("/", "."): np.asarray(value) for key, value in _flatten(tree[name]).items()}, info
+  parts = ("weights", "ema") if (path / "ema").exists() else ("weights",)
+  tree: Any = _load(path, {part: _place(_saved(path, part)) for part in parts})
+  params = tree["ema"]["ema"] if "ema" in tree else tree["weights"]["params"]
+  arrays = {**_flatten(params), **_flatten(tree["weights"]["rest"])}
+  return {key.replace("/", "."): np.asarray(value) for key, value in arrays.items()}, info
 
 
 def _items(state: State) -> dict[str, Any]:

@@ -6,8 +6,9 @@
 A whole detector becomes a checkpoint like those of training. Weights of a backbone become one that training starts
 from (``--config.init_from=weights/videomae``). ``load_reference`` is the same thing in Python.
 
-The name maps live with the models and backbones: pairs of a regular expression on our parameter path and the published
-name. What is the same for all of them is here: how a leaf is called and laid out in PyTorch.
+The name maps live with the models and backbones, pairs of a regular expression on our parameter path and the published
+name; ``published.py`` lists the files that they belong to. What is the same for all of them is here: how a leaf is
+called and laid out in PyTorch.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,134 +30,11 @@ from flax import nnx
 
 from vad_jax import checkpoint, models, weight_files
 from vad_jax.annotations import PathLike, read_label_map
-from vad_jax.backbones import hiera, mvit, vit
 from vad_jax.layers.position import sincos_positions
-from vad_jax.models import evad
+from vad_jax.published import BACKBONES, SOURCES, Backbone, Source
 
-Name = str | tuple[str, ...]  # several published tensors are stacked along their first axis
-NameRules = Sequence[tuple[str, Name | Callable[[re.Match[str]], Name]]]
-
-
-class Source(NamedTuple):
-  """How one kind of published file names its tensors, and what they are.
-
-  Attributes:
-    title: what it is, in words.
-    licence: of the published weights.
-    marks: patterns that all have to occur among the ``name (shape)`` of a file of this kind.
-    names: rules from our path (with PyTorch's leaf names) to published names; the first that matches wholly counts.
-    builds: what the weights are for: a name in ``models.MODELS`` or ``BACKBONES``.
-    arguments: from the shapes of the published tensors to the arguments of its constructor.
-    prefix: pattern of what stands before the names in some files.
-    skip: patterns of published names that no model needs, with the reason.
-    may_lack: patterns of our paths that the file need not have, with what becomes of them.
-    positions: pattern of published tables of positions, which must be those that we compute.
-    info: what inference has to know beside the model, see ``checkpoint.Loaded``.
-  """
-
-  title: str
-  licence: str
-  marks: tuple[str, ...]
-  names: NameRules
-  builds: str
-  arguments: Callable[[Mapping[str, Sequence[int]]], dict[str, Any]]
-  prefix: str = ""
-  skip: Mapping[str, str] = {}
-  may_lack: Mapping[str, str] = {}
-  positions: str = "pos_embed"
-  info: Mapping[str, Any] = {}
-
-
-BACKBONES = {"vit": vit.ViT, "mvit": mvit.MViT, "hiera": hiera.Hiera}
-# From our path and a published table of positions to the table for another size, or None where it is no such table.
-RESIZES: dict[str, Callable[[str, np.ndarray, Sequence[int]], np.ndarray | None]] = {
-  "mvit": mvit.resize_table,
-  "hiera": hiera.resize_table,
-}
 AVA_CLASSES = Path(__file__).parent / "datasets" / "labels" / "ava_v2.2.pbtxt"
 _MOST_PROBLEMS = 40  # named in an error
-
-_NON_COMMERCIAL = "CC-BY-NC 4.0: no commercial use"
-_CLASSIFIER = "classifies whole clips"
-_RECONSTRUCTION = {r"(decoder|encoder_to_decoder)\..*|mask_token": "reconstructs masked pixels"}
-_VIDEOMAE = Source(
-  "VideoMAE ViT, fine-tuned",
-  _NON_COMMERCIAL,
-  (r"patch_embed\.proj\.weight \(\d+, 3, \d+, \d+, \d+\)", r"blocks\.0\.attn\.q_bias .*"),
-  vit.REFERENCE_NAMES,
-  "vit",
-  vit.reference_arguments,
-  prefix=r"((module|model|backbone|encoder)\.)*",
-  skip={r"(head|fc_norm)\.(weight|bias)": _CLASSIFIER},
-  may_lack={r"norm\.(scale|bias)": "not in these files, which normalise the mean of tokens; starts as 1 and 0"},
-)
-
-_HIERA = Source(
-  "Hiera for video",
-  _NON_COMMERCIAL,
-  (r"pos_embed_spatial .*", r"pos_embed_temporal .*"),
-  hiera.REFERENCE_NAMES,
-  "hiera",
-  hiera.reference_arguments,
-  skip={r"head\.projection\.(weight|bias)": _CLASSIFIER},
-)
-
-# A file is of the first kind whose marks it has.
-SOURCES = {
-  "evad": Source(
-    "EVAD detector",
-    _NON_COMMERCIAL,
-    (r"det_head\.s0_headseries\.0\.inst_interact\.dynamic_layer\.weight .*",),
-    evad.REFERENCE_NAMES,
-    "evad",
-    evad.reference_arguments,
-    skip={r"criterion\.empty_weight": "a constant of the loss"},
-    info={"clip": {"num_frames": 16, "frame_stride": 4, "fps": 30.0}, "canvas": (288, 512), "short_side": 288},
-  ),
-  "videomae_hf": _VIDEOMAE._replace(
-    title="VideoMAE ViT in Hugging Face layout",
-    marks=(r"encoder\.layer\.0\.attention\.attention\.query\.weight .*",),
-    names=vit.HUGGING_FACE_NAMES,
-    prefix=r"(videomae\.)?",
-    skip={r"(classifier|fc_norm)\.(weight|bias)": _CLASSIFIER, **_RECONSTRUCTION},
-    positions=r"(embeddings\.)?position_embeddings",
-  ),
-  "videomae_pretrained": _VIDEOMAE._replace(
-    title="VideoMAE ViT, pre-trained only",
-    marks=(*_VIDEOMAE.marks, r"encoder_to_decoder\.weight .*"),
-    skip=_RECONSTRUCTION,
-    may_lack={},
-  ),
-  "videomae_v2": _VIDEOMAE._replace(
-    title="VideoMAE V2 ViT, distilled on Kinetics-710", marks=(*_VIDEOMAE.marks, r"head\.weight \(710, \d+\)")
-  ),
-  "videomae": _VIDEOMAE,
-  "mvit": Source(
-    "MViTv2 of PySlowFast",
-    "Apache 2.0",
-    (r"blocks\.0\.attn\.rel_pos_t .*", r"patch_embed\.proj\.weight .*"),
-    mvit.REFERENCE_NAMES,
-    "mvit",
-    mvit.reference_arguments,
-    skip={r"head\.projection\.(weight|bias)": _CLASSIFIER},
-  ),
-  "mvit_torchvision": Source(
-    "MViTv2 of torchvision",
-    "BSD 3-Clause",
-    (r"blocks\.0\.attn\.rel_pos_t .*", r"conv_proj\.weight .*"),
-    mvit.TORCHVISION_NAMES,
-    "mvit",
-    mvit.reference_arguments,
-    skip={r"head\.1\.(weight|bias)": _CLASSIFIER},
-  ),
-  "hiera_pretrained": _HIERA._replace(
-    title="Hiera for video, pre-trained only",
-    marks=(*_HIERA.marks, r"encoder_norm\.weight .*"),
-    names=hiera.PRETRAINED_NAMES,
-    skip={r"(decoder_|multi_scale_fusion_heads\.).*|mask_token": "reconstructs masked pixels"},
-  ),
-  "hiera": _HIERA,
-}
 
 
 class ConversionError(ValueError):
@@ -292,13 +170,14 @@ def _fill(
   reinit_head: bool,
   resize_positions: bool,
 ) -> LoadReport:
-  """Fills a model, or its backbone where the weights are for one, from weights with bare names."""
-  within = kind.builds in BACKBONES and hasattr(model, "backbone")
+  """Fills a model, or its parts where the weights are for a backbone, from weights with bare names."""
+  backbone = BACKBONES.get(kind.builds, Backbone(nnx.Module, homes=()))
+  within = any(hasattr(model, home) for home in backbone.homes)
   head = getattr(model, "class_parameters", "")
   entries, problems, values, used = [], [], [], set()
-  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+  for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
     parameter, shape = ".".join(map(str, path)), variable.shape
-    if within and path[0] != "backbone":
+    if within and path[0] not in backbone.homes:
       entries.append(TensorReport("", parameter, "missing", shape, "no part of the backbone"))
       continue
     names = published_names(path[within:], kind)
@@ -312,10 +191,11 @@ def _fill(
       problems.append(f"missing: {', '.join(absent)}, for {parameter} {shape}")
     else:
       parts = [np.asarray(weights[name]) for name in names]
-      value, action = _to_our_layout(parts, shape, is_kernel=bool(kind.names) and path[-1] == "kernel")
+      transposed = bool(kind.names) and not kind.channels_last and path[-1] == "kernel"
+      value, action = _to_our_layout(parts, shape, transposed=transposed)
       hint = ""
-      if value is None and kind.builds in RESIZES:
-        value, action = RESIZES[kind.builds](str(path[-1]), parts[0], shape), "resized"
+      if value is None and backbone.resize:
+        value, action = backbone.resize(str(path[-1]), parts[0], shape), "resized"
         if value is not None and not resize_positions:
           value, hint = None, "; for another size of video, have positions resized"
       entries.append(TensorReport(published, parameter, action, shape))
@@ -327,19 +207,37 @@ def _fill(
         if re.fullmatch(head, parameter):
           hint = "; for other classes, have the head re-initialised"
         problems.append(f"shape: {published} {parts[0].shape} does not fit {parameter} {shape}{hint}")
-  for name in weights:
-    if name not in used:
-      shape, reason = np.shape(weights[name]), _reason(kind.skip, name) or _known_positions(weights, name, kind)
-      entries.append(TensorReport(name, "", "skipped", shape, reason))
-      if not reason:
-        nearest = "".join(f"; nearest is {near}" for near in difflib.get_close_matches(name, used, 1))
-        problems.append(f"unused: {name} {shape}, which no parameter asks for{nearest}")
+  left, complaints = _left_over(weights, used, kind, backbone.spare if within else "")
+  entries, problems = entries + left, problems + complaints
   if problems:
     lines = "".join(f"\n  {line}" for line in problems[:_MOST_PROBLEMS])
     more = f"\n  and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
     raise ConversionError(f"{len(problems)} tensors of {kind.title} do not fit {type(model).__name__}:{lines}{more}")
   nnx.update(model, nnx.from_flat_state(values))
   return LoadReport(source, kind.title, kind.licence, entries)
+
+
+def _left_over(
+  weights: Mapping[str, np.ndarray], used: Set[str], kind: Source, spare: str
+) -> tuple[list[TensorReport], list[str]]:
+  """What becomes of published tensors that no parameter asks for, and what is wrong with that."""
+  entries, problems = [], []
+  for name in weights:
+    if name in used:
+      continue
+    shape, reason = np.shape(weights[name]), _reason(kind.skip, name) or _known_positions(weights, name, kind)
+    if not reason and re.fullmatch(spare, name):
+      reason = "this detector has no part for it"
+    if not reason and re.fullmatch(kind.ones, name):
+      if not np.all(np.asarray(weights[name]) == 1):
+        problems.append(f"unused: {name} {shape} is not one everywhere, and our network has no such scale")
+        continue
+      reason = "a scale of one everywhere, which our network does not have"
+    entries.append(TensorReport(name, "", "skipped", shape, reason))
+    if not reason:
+      nearest = "".join(f"; nearest is {near}" for near in difflib.get_close_matches(name, used, 1))
+      problems.append(f"unused: {name} {shape}, which no parameter asks for{nearest}")
+  return entries, problems
 
 
 def published_names(path: Sequence[Any], kind: Source) -> tuple[str, ...]:
@@ -361,7 +259,7 @@ def published_names(path: Sequence[Any], kind: Source) -> tuple[str, ...]:
 
 
 def _to_our_layout(
-  parts: Sequence[np.ndarray], shape: tuple[int, ...], *, is_kernel: bool
+  parts: Sequence[np.ndarray], shape: tuple[int, ...], *, transposed: bool
 ) -> tuple[np.ndarray | None, str]:
   """Stacks the parts; PyTorch kernels ``[out, in, *window]`` become ``[*window, in, out]``.
 
@@ -371,7 +269,7 @@ def _to_our_layout(
   if len({part.shape[1:] for part in parts}) > 1:
     return None, "merged"
   value, action = (np.concatenate(parts), "merged") if len(parts) > 1 else (parts[0], "loaded")
-  if is_kernel and value.ndim > 1:
+  if transposed and value.ndim > 1:
     value, action = np.moveaxis(value, (0, 1), (-1, -2)), "transposed" if action == "loaded" else action
   if value.size == math.prod(shape) and value.ndim > len(shape):  # window of a 1x1 convolution, axis of a batch
     value = value.reshape(shape)
@@ -424,7 +322,7 @@ def convert(
   try:
     source, kind, weights = _recognise(file.tensors, source)
     arguments = {**kind.arguments({name: np.shape(value) for name, value in weights.items()}), **options}
-    make = BACKBONES[kind.builds] if kind.builds in BACKBONES else models.MODELS[kind.builds]
+    make = BACKBONES[kind.builds].make if kind.builds in BACKBONES else models.MODELS[kind.builds]
     model = make(**arguments, rngs=nnx.Rngs(0))
     info = {"model": {"name": kind.builds, **arguments}, "label_map": {}, **kind.info}
     if kind.builds in models.MODELS:

@@ -216,11 +216,12 @@ def _train(
   num_steps = config.num_steps or round(config.num_epochs * steps_per_epoch)
   schedule = optim.make_schedule(**config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
   model = {**config.model.to_dict(), "num_classes": sets["train"].num_classes}
+  canvas, short_side = _canvas(config, training=False)
   info = {
     "model": model,
     "clip": config.clip.to_dict(),
-    "canvas": np.reshape(config.canvas, (-1, 2)).max(axis=0).tolist(),  # the largest, where there are several
-    "short_side": _short_side(config),
+    "canvas": np.reshape(canvas, (-1, 2)).max(axis=0).tolist(),  # the largest, where there are several
+    "short_side": short_side,
     "label_map": sets["train"].label_map,
     "data": config.data.to_dict(),
   }
@@ -229,7 +230,7 @@ def _train(
     batch_size=local_batch,
     seed=config.seed,
     augment=Augment(**config.augment),
-    **_loading(config),
+    **_loading(config, training=True),
   )
 
   def load_weights(system: Any) -> None:
@@ -275,11 +276,12 @@ def _train(
     )
 
 
-def _loading(config: Config) -> dict[str, Any]:
-  """Arguments that training and evaluation batches share."""
+def _loading(config: Config, *, training: bool) -> dict[str, Any]:
+  """Arguments that training and evaluation batches both take."""
+  canvas, short_side = _canvas(config, training=training)
   return {
-    "canvas": config.canvas,
-    "short_side": _short_side(config),
+    "canvas": canvas,
+    "short_side": short_side,
     "max_boxes": config.max_boxes,
     "max_proposals": config.max_proposals,
     "workers": config.workers,
@@ -288,11 +290,14 @@ def _loading(config: Config) -> dict[str, Any]:
   }
 
 
-def _short_side(config: Config) -> int | None:
-  """Short side of the frames on the canvas; None where they are stretched to fill it."""
+def _canvas(config: Config, *, training: bool) -> tuple[Any, int | None]:
+  """The canvas, or several, and the short side of frames on it; None where they are stretched to fill it."""
   if config.resize not in ("short_side", "stretch"):
     raise ValueError(f"config.resize {config.resize!r}: choose short_side or stretch")
-  return config.short_side if config.resize == "short_side" else None
+  canvas, short_side = config.canvas, config.short_side
+  if not training:
+    canvas, short_side = config.eval.canvas or canvas, config.eval.short_side or short_side
+  return canvas, short_side if config.resize == "short_side" else None
 
 
 def _evaluate(
@@ -309,7 +314,7 @@ def _evaluate(
   return evaluate(
     predict_fn,
     dataset,
-    eval_batches(dataset, batch_size=local_batch, **_loading(config)),
+    eval_batches(dataset, batch_size=local_batch, **_loading(config, training=False)),
     label_map,
     mesh=mesh,
     protocol=config.eval.protocol,

@@ -52,6 +52,7 @@ def load_synthetic(
   seed: int = 0,
   clip: ClipSpec | None = None,
   reader: Literal["records", "video"] = "records",
+  oracle: bool = False,
   workers: int | None = None,
 ) -> dict[str, KeyframeDataset]:
   """The rendered set, see `vad_jax.datasets.synthetic.make` and `open_directory` for the arguments."""
@@ -71,7 +72,7 @@ def load_synthetic(
     seed=seed,
     workers=workers,
   )
-  return open_directory(directory, clip=clip, reader=reader, workers=workers)
+  return open_directory(directory, clip=clip, reader=reader, oracle=oracle, workers=workers)
 
 
 def load_ava(root: Path, **kwargs: Any) -> dict[str, KeyframeDataset]:
@@ -112,6 +113,7 @@ def open_directory(
   reader: Literal["records", "video"] = "records",
   tubes: bool = False,
   proposal_threshold: float | None = None,
+  oracle: bool = False,
   workers: int | None = None,
 ) -> dict[str, Any]:
   """Opens a set in the layout of data/README.md: the splits that it has.
@@ -124,6 +126,7 @@ def open_directory(
       decodes them each time.
     tubes: give whole videos with their tubes, a `tube_clips.TubeDataset`, instead of keyframes, a `KeyframeDataset`.
     proposal_threshold: least score of given person boxes; None leaves them out.
+    oracle: the annotated boxes are the given ones, in evaluation, too: a limit that no detector reaches.
     workers: threads for that encoding; by default one for each core.
 
   Raises:
@@ -131,6 +134,8 @@ def open_directory(
   """
   if reader not in ("records", "video"):
     raise ValueError(f"reader {reader!r}: expected 'records' or 'video'")
+  if oracle and proposal_threshold is not None:
+    raise ValueError("given boxes are either annotated ones (oracle) or detected ones (proposal_threshold)")
   from vad_jax import annotations
   from vad_jax.datasets import loader, proposals, records
   from vad_jax.datasets.tube_clips import TubeDataset
@@ -160,7 +165,9 @@ def open_directory(
       continue
     keyframes = annotations.keyframes(rows, max(label_map))
     given = None
-    if proposal_threshold is not None:
+    if oracle:  # in training the targets are among the proposals in any case
+      given = {(k.video, k.timestamp): k.boxes[: 0 if split == "train" else None] for k in keyframes}
+    elif proposal_threshold is not None:
       given = proposals.read(folder / f"{split}_proposals.csv", threshold=proposal_threshold)
     datasets[split] = loader.KeyframeDataset(keyframes, frames, clip, label_map, given)
   if not datasets:

@@ -94,6 +94,7 @@ class ClipDataset(Protocol):
     label_map: class id to name.
     num_classes: length of a label vector, the highest class id.
     tubes: whether targets have a box in every frame of a clip rather than in its keyframe.
+    proposals: boxes of people by video and timestamp, best first, or None.
   """
 
   frames: FrameSource
@@ -101,6 +102,7 @@ class ClipDataset(Protocol):
   label_map: dict[int, str]
   num_classes: int
   tubes: bool
+  proposals: Mapping[tuple[str, float], np.ndarray] | None
 
   def __len__(self) -> int: ...
 
@@ -333,8 +335,10 @@ def _report_crowds(dataset: ClipDataset, max_boxes: int, max_proposals: int, *, 
   if crowded:
     logger.warning("%d examples have more than %d actors; only the largest are kept", crowded, max_boxes)
   if max_proposals:
-    if not counts[:, 1].any():
-      raise ValueError(f"max_proposals is {max_proposals}, but the data set has no proposals")
+    if dataset.proposals is None:
+      raise ValueError(
+        f"max_proposals is {max_proposals}, but the data set has no proposals: set data.proposal_threshold, or data.oracle"
+      )
     crowded = int((counts @ [with_targets, 1] > max_proposals).sum())
     if crowded:
       logger.warning("%d examples have more than %d proposals; only the best are kept", crowded, max_proposals)

@@ -44,6 +44,7 @@ class TubeDataset:
   """
 
   tubes = True
+  proposals = None
 
   def __init__(self, truth: TubeGroundTruth, videos: Iterable[str], frames: FrameSource, clip: ClipSpec):
     """Drops, and logs, videos without frames.

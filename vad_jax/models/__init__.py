@@ -7,10 +7,12 @@ from flax import nnx
 from vad_jax.batch import Array, Batch, Detections
 from vad_jax.models.bmvit import BMViT
 from vad_jax.models.evad import EVAD
+from vad_jax.models.st_context import SpatioTemporalContext
 
 MODELS = {
   "evad": EVAD,
   "bmvit": BMViT,
+  "st_context": SpatioTemporalContext,
 }
 
 
@@ -18,7 +20,7 @@ class System(Protocol):
   """What training, evaluation and prediction ask of a model. There is no base class: a model just has these members.
 
   A model with something to see has ``maps(out, batch)`` as well, which gives maps of the padded keyframe by name:
-  ``[B, h, w]`` in [0, 1].
+  ``[B, h, w]`` in [0, 1]. One that classifies given boxes has ``takes_proposals = True``.
 
   Attributes:
     class_parameters: regular expression of the paths of parameters whose shape follows the number of classes.
