@@ -171,7 +171,10 @@ def abstract_batch(config: Config, size: Size, *, clips: int = 1, tube: Sequence
     "key": ((), jnp.int32),
   }
   if config.max_proposals:
-    shapes |= {"proposals": ((config.max_proposals, 4), jnp.float32), "proposal_mask": ((config.max_proposals,), jnp.bool_)}
+    shapes |= {
+      "proposals": ((config.max_proposals, 4), jnp.float32),
+      "proposal_mask": ((config.max_proposals,), jnp.bool_),
+    }
   return cast(Batch, {name: jax.ShapeDtypeStruct((clips, *shape), dtype) for name, (shape, dtype) in shapes.items()})
 
 

@@ -217,7 +217,7 @@ def _detect(
 
   # One batch behind: the device works on a batch while the next one is being decoded.
   height, width = placed_size
-  for (times, shown, run), _ in itertools.pairwise(itertools.chain(runs(), [([], None, None)])):
+  for (times, shown, run), _ in itertools.pairwise(itertools.chain(runs(), [([], np.empty(0), None)])):
     found, maps = jax.device_get(run)
     for row, time in enumerate(times):
       real = {}

@@ -325,6 +325,14 @@ def test_proposals_are_given_boxes_in_evaluation_and_targets_too_in_training(fra
   assert "proposals" not in next(train_batches(dataset, batch_size=3, seed=0, **PLACE))
 
 
+def test_no_detection_is_no_error(frames):
+  """Where every keyframe has an empty list of given boxes, training has its targets."""
+  dataset = KeyframeDataset([keyframe("a", 1)], frames, CLIP, LABELS, {("a", 1.0): np.zeros((0, 4), np.float32)})
+  batch = next(train_batches(dataset, batch_size=1, max_proposals=3, seed=0, **PLACE))
+  np.testing.assert_array_equal(batch["proposals"][0, :2], batch["boxes"][0, :2])
+  np.testing.assert_array_equal(batch["proposal_mask"], [[1, 1, 0]])
+
+
 def test_missing_proposals_are_told(dataset, frames):
   with pytest.raises(ValueError, match="max_proposals is 3, but the data set has no proposals"):
     eval_batches(dataset, batch_size=2, max_proposals=3, **PLACE)

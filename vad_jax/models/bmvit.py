@@ -120,9 +120,10 @@ class BMViT(nnx.Module):
         raise ValueError(f"{name} {value!r}: choose one of {', '.join(map(str, allowed))}")
     sizes = VARIANTS[variant]
     compute = jnp.bfloat16 if dtype == "bfloat16" else None
-    self.num_classes, self.tokens, self.compute_dtype = num_classes, tokens or sizes.tokens, compute
+    self.num_classes, self.compute_dtype = num_classes, compute
+    self.tokens: Selection = tokens or sizes.tokens
     self.pixels = sizes.pixel_mean, sizes.pixel_std
-    pooling = {} if sizes.backbone is ViT else {"last_pool": last_pool}
+    pooling: dict[str, Any] = {} if sizes.backbone is ViT else {"last_pool": last_pool}
     self.backbone = sizes.backbone(**sizes.sizes, **pooling, drop_path=drop_path, remat=remat, dtype=compute, rngs=rngs)
     width = self.backbone.width
     self.box = Head(width, 4, dtype=compute, rngs=rngs)
