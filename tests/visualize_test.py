@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vad_jax import visualize
-from vad_jax.visualize import color_of, contact_sheet, draw_detections, draw_map, upscale
+from vad_jax.visualize import color_of, contact_sheet, draw_detections, draw_map, draw_outlines, upscale
 
 _CAPTION = ["talk to (e.g., self, a person, a group) 0.71", "stand 0.98"]
 
@@ -147,6 +147,15 @@ def test_map_is_laid_over_the_frame():
   assert drawn.shape == frame.shape and (frame == 100).all()
   assert corners[0] < corners[2] < corners[1] == corners[3]
   assert (drawn[:120, :160] == drawn[0, 0]).all(), "cells are not smoothed"
+
+
+def test_strong_outlines_are_bright_and_on_top():
+  frame = _frame(value=100)
+  boxes = np.array([[0.1, 0.1, 0.5, 0.5], [0.1, 0.1, 0.9, 0.9]])
+  for order in ([0, 1], [1, 0]):
+    drawn = draw_outlines(frame, boxes[order], np.array([1.0, 0.0])[order]).sum(-1, dtype=int)
+    assert drawn[24, 64] > drawn[24, 224] > drawn[100, 200] > 0
+  assert (frame == 100).all() and (draw_outlines(frame, np.empty((0, 4)), np.empty(0)) == 35).all()
 
 
 def test_upscale():

@@ -162,7 +162,10 @@ def predict_video(
       for time, found, seen in _detect(loaded, frames, (height, width), stride, batch_size, save_maps):
         keyframes.append(_select(time, found, loaded.info["label_map"], **thresholds))
         if seen and outputs:
-          _save_maps(outputs["maps"] / f"{time:08.3f}.png", *seen, found, keyframes[-1])
+          outputs["maps"].mkdir(exist_ok=True)
+          kept = keyframes[-1]
+          sheet = visualize.map_sheet(*seen, found, kept.boxes, kept.actor_score, size=(height, width))
+          cv2.imwrite(str(outputs["maps"] / f"{time:08.3f}.png"), sheet[..., ::-1])
     result = Prediction(source, (height, width), reader.fps, reader.broken, keyframes)
   if outputs:
     _write_csv(result, outputs["csv"])
@@ -364,20 +367,6 @@ def _write_csv(result: Prediction, path: Path) -> None:
       np.array(score, np.float64),
     ),
   )
-
-
-def _save_maps(
-  path: Path, frame: np.ndarray, maps: dict[str, np.ndarray], found: Detections, kept: KeyframeDetections
-) -> None:
-  """Writes the maps of a keyframe, all boxes in the colour of nobody, and those that passed the thresholds."""
-  path.parent.mkdir(exist_ok=True)
-  frame = visualize.upscale(frame)
-  every = found.boxes[found.valid]
-  pictures = [visualize.draw_map(frame, heat) for heat in maps.values()]
-  pictures.append(visualize.draw_detections(frame, every, [()] * len(every)))
-  captions = [[f"{score:.2f}"] for score in kept.actor_score]
-  pictures.append(visualize.draw_detections(frame, kept.boxes, captions))
-  cv2.imwrite(str(path), visualize.contact_sheet([pictures])[..., ::-1])
 
 
 def _write_json(result: Prediction, path: Path, info: dict[str, Any], settings: dict[str, Any]) -> None:

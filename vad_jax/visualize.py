@@ -4,11 +4,13 @@ Frames are ``[H, W, 3]`` uint8 RGB everywhere and are never modified; boxes are 
 """
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+
+from vad_jax.batch import Detections
 
 Color = tuple[int, int, int]
 
@@ -26,6 +28,7 @@ _PALETTE: list[Color] = [
 ]
 _BACKGROUND = (24, 26, 31)
 _TEXT = (236, 238, 242)
+_MAP_SIDE = 360  # pixels of the short side of pictures of maps
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -111,6 +114,53 @@ def draw_map(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
   colored = cv2.applyColorMap(cells, cv2.COLORMAP_INFERNO)[..., ::-1]
   grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)[..., None]
   return np.rint(0.4 * grey + 0.6 * colored).astype(np.uint8)
+
+
+def draw_outlines(frame: np.ndarray, boxes: np.ndarray, strength: np.ndarray) -> np.ndarray:
+  """Draws many boxes with thin lines on a dimmed copy of the frame, strong ones in bright colour on top.
+
+  Args:
+    frame: ``[H, W, 3]`` uint8 RGB.
+    boxes: ``[N, 4]`` xyxy in [0, 1] of the frame.
+    strength: ``[N]`` in [0, 1].
+  """
+  _check_frame(frame)
+  height, width = frame.shape[:2]
+  image = np.rint(0.35 * frame).astype(np.uint8)
+  corners = np.rint(np.clip(boxes, 0, 1) * [width - 1, height - 1, width - 1, height - 1]).astype(int)
+  weak, strong = np.array([80, 84, 92]), np.array(_PALETTE[3])
+  for index in np.argsort(strength, kind="stable"):
+    x1, y1, x2, y2 = corners[index].tolist()
+    color = np.rint(weak + strength[index] * (strong - weak)).tolist()
+    cv2.rectangle(image, (x1, y1), (x2, y2), color, 2 if strength[index] > 0.5 else 1, cv2.LINE_AA)
+  return image
+
+
+def map_sheet(
+  frame: np.ndarray,
+  maps: Mapping[str, np.ndarray],
+  found: Detections,
+  kept: np.ndarray,
+  scores: np.ndarray,
+  *,
+  size: tuple[int, int],
+) -> np.ndarray:
+  """What a model saw in a keyframe: its maps over the frame, all boxes by actor score, and those that were kept.
+
+  Args:
+    frame: ``[H, W, 3]`` uint8 RGB, which may be distorted.
+    maps: ``[h, w]`` in [0, 1] by name.
+    found: detections without a batch axis.
+    kept: ``[n, 4]`` boxes.
+    scores: ``[n]`` of these.
+    size: height and width whose proportions the pictures get.
+  """
+  height, width = (round(side * _MAP_SIDE / min(size)) for side in size)
+  frame = cv2.resize(frame, (width, height))
+  pictures = [draw_map(frame, heat) for heat in maps.values()]
+  pictures.append(draw_outlines(frame, found.boxes[found.valid], found.actor_score[found.valid]))
+  pictures.append(draw_detections(frame, kept, [[f"{score:.2f}"] for score in scores]))
+  return contact_sheet([pictures])
 
 
 def upscale(frame: np.ndarray, min_short_side: int = 360) -> np.ndarray:

@@ -91,6 +91,7 @@ class BMViT(nnx.Module):
     variant: str = "mvitv2_s",
     tokens: Selection | None = None,
     last_pool: bool = False,
+    action_weight: float = 6.0,
     drop_path: float = 0.2,
     remat: bool = False,
     dtype: str = "float32",
@@ -103,6 +104,7 @@ class BMViT(nnx.Module):
       variant: one of ``VARIANTS``.
       tokens: which tokens detect and which classify (Table 1b); None takes the variant's.
       last_pool: keep the last pooling of a hierarchical backbone (Table 1a).
+      action_weight: of the cross-entropy of actions, in loss and matching (section 4).
       drop_path: stochastic depth of the backbone's last block.
       remat: recompute blocks in the backward pass instead of storing their activations.
       dtype: computation type, "float32" or "bfloat16"; parameters and losses stay float32.
@@ -120,7 +122,7 @@ class BMViT(nnx.Module):
         raise ValueError(f"{name} {value!r}: choose one of {', '.join(map(str, allowed))}")
     sizes = VARIANTS[variant]
     compute = jnp.bfloat16 if dtype == "bfloat16" else None
-    self.num_classes, self.compute_dtype = num_classes, compute
+    self.num_classes, self.action_weight, self.compute_dtype = num_classes, action_weight, compute
     self.tokens: Selection = tokens or sizes.tokens
     self.pixels = sizes.pixel_mean, sizes.pixel_std
     pooling: dict[str, Any] = {} if sizes.backbone is ViT else {"last_pool": last_pool}
@@ -179,7 +181,7 @@ class BMViT(nnx.Module):
     actor = losses.binary_cross_entropy(_odds(out["actor_logits"]), 1.0)[..., None]
     action = jax.nn.softplus(out["action_logits"]).sum(-1, keepdims=True)
     action = (action - jnp.einsum("bnk,bmk->bnm", out["action_logits"], labels)) / self.num_classes
-    cost = _L1 * l1 + _GIOU * (1 - giou) + _ACTOR * actor + _ACTION * action
+    cost = _L1 * l1 + _GIOU * (1 - giou) + _ACTOR * actor + self.action_weight * action
     return jnp.where(out["token_mask"][..., None], cost, _NEVER)
 
   def loss(self, out: dict[str, Any], batch: Batch, match: Array) -> tuple[Array, dict[str, Array]]:
@@ -210,7 +212,7 @@ class BMViT(nnx.Module):
       "loss_box": _L1 * losses.masked_sum(l1, match) / count,
       "loss_giou": _GIOU * losses.masked_sum(1 - giou, match) / count,
       "loss_actor": _ACTOR * losses.masked_sum(actor, tokens) / count,
-      "loss_action": _ACTION * losses.masked_sum(action, tokens) / count,
+      "loss_action": self.action_weight * losses.masked_sum(action, tokens) / count,
     }
     return jnp.asarray(sum(terms.values())), terms
 
@@ -285,7 +287,7 @@ class CrossAttention(nnx.Module):
     return x + self.proj(found.reshape(x.shape))
 
 
-_GIOU, _L1, _ACTOR, _ACTION = 2.0, 5.0, 2.0, 6.0  # weights of equations 1 and 3
+_GIOU, _L1, _ACTOR = 2.0, 5.0, 2.0  # weights of equations 1 and 3
 _NEVER = 1e6  # cost of a token that must not be matched
 _RARE = -math.log(99)  # logit of 1 %: what the network first thinks of every actor and action
 
