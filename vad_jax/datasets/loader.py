@@ -337,7 +337,7 @@ def _report_crowds(dataset: ClipDataset, max_boxes: int, max_proposals: int, *, 
   if max_proposals:
     if dataset.proposals is None:
       raise ValueError(
-        f"max_proposals is {max_proposals}, but the data set has no proposals; set data.proposal_threshold or data.oracle"
+        f"max_proposals is {max_proposals}, but the data set has no proposals: set data.proposal_threshold or .oracle"
       )
     crowded = int((counts @ [with_targets, 1] > max_proposals).sum())
     if crowded:
