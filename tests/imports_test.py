@@ -32,10 +32,11 @@ ALLOWED = {
   "train": {"checkpoint", "optim", "sharding", "ops"},
   "evaluate": {"sharding", "metrics"},
   "doctor": {"metrics"},
-  "predict": {"checkpoint", "datasets", "ops", "visualize"},
+  "person_boxes": {"datasets", "ops"},
+  "predict": {"checkpoint", "datasets", "ops", "person_boxes", "visualize"},
   "main": {
     *("checkpoint", "convert", "datasets", "evaluate", "metrics", "models", "optim", "predict", "sharding", "train"),
-    "visualize",
+    *("person_boxes", "visualize"),
   },
 }
 # Packages that only these modules may import.

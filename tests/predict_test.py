@@ -60,6 +60,24 @@ def loaded():
   return checkpoint.Loaded(ClipReader(), info)
 
 
+class ClipReaderOfPeople(ClipReader):
+  """The same of given people."""
+
+  takes_proposals = True
+
+  def detections(self, out, batch):
+    scores = out["brightness"][:, None, [0, out["brightness"].shape[1] // 2, -1]]
+    shape = (*batch["proposal_mask"].shape, 3)
+    return Detections(
+      batch["proposals"], batch["proposal_score"], jnp.broadcast_to(scores, shape), batch["proposal_mask"]
+    )
+
+
+@pytest.fixture(scope="module")
+def of_people(loaded):
+  return loaded._replace(model=ClipReaderOfPeople(), info={**loaded.info, "model": {"name": "of people"}})
+
+
 @pytest.fixture(scope="module")
 def ramp(tmp_path_factory):
   """Four seconds that brighten by 1 / 128 a frame, with sound."""
@@ -97,6 +115,35 @@ def test_clips_are_read_at_the_keyframes(loaded, ramp, batch_size):
   for keyframe in result.keyframes:
     np.testing.assert_allclose(keyframe.action_score[0], expected_scores(keyframe.time), atol=0.012)
   assert result.csv is result.json is result.video is None
+
+
+def test_people_are_found_by_another_model(loaded, of_people, ramp):
+  alone = predict.predict_video(loaded, ramp)
+  result = predict.predict_video(of_people, ramp, boxes=loaded)
+  for found, keyframe in zip(alone.keyframes, result.keyframes, strict=True):
+    np.testing.assert_array_equal(keyframe.boxes, found.boxes)
+    np.testing.assert_array_equal(keyframe.actor_score, found.actor_score)
+    np.testing.assert_allclose(keyframe.action_score, np.tile(expected_scores(keyframe.time), (2, 1)), atol=0.012)
+
+
+def test_people_come_from_a_file(of_people, ramp, tmp_path):
+  boxes = tmp_path / "boxes.csv"
+  boxes.write_text("ramp,1,0.1,0.2,0.3,0.4,1,0.6\nramp,3,0.5,0.2,0.9,0.4,1,0.4\nramp,3.02,0.1,0.2,0.7,0.4,1,0.9\n")
+  result = predict.predict_video(of_people, ramp, tmp_path / "out", boxes=boxes, draw=False)
+  assert [len(keyframe.boxes) for keyframe in result.keyframes] == [0, 1, 0, 0]  # the third second's is below 0.5
+  assert json.loads(result.json.read_text())["settings"]["boxes"] == str(boxes)
+  boxes.write_text("ramp,1.5,0.1,0.2,0.3,0.4,1,0.6\n")
+  with pytest.raises(ValueError, match=r"boxes of .*ramp\.mp4 are at 1\.5, \.\.\. seconds and at no keyframe"):
+    predict.predict_video(of_people, ramp, boxes=boxes)
+
+
+def test_models_that_need_people_say_so(loaded, of_people, ramp, monkeypatch, capsys):
+  assert run(of_people, monkeypatch, "--video", ramp) == 1
+  assert "of people classifies given people: name a model that finds them, or a file" in capsys.readouterr().err
+  assert run(loaded, monkeypatch, "--video", ramp, "--boxes", "boxes.csv") == 1
+  assert capsys.readouterr().err == "error: stand-in finds people itself: leave --boxes out\n"
+  assert run(of_people, monkeypatch, "--video", ramp, "--boxes", "none.csv") == 1
+  assert capsys.readouterr().err == "error: none.csv: neither a checkpoint nor a file of person boxes\n"
 
 
 @pytest.fixture(scope="module")
@@ -270,28 +317,6 @@ def keyframe(time, *boxes):
   empty = np.zeros((len(boxes), 0))
   boxes = np.array(boxes, np.float32).reshape(-1, 4)
   return predict.KeyframeDetections(time, boxes, np.ones(len(boxes)), empty, [[] for _ in boxes])
-
-
-def test_people_are_linked_by_overlap():
-  now = keyframe(0, [0, 0, 0.2, 0.2], [0.5, 0.5, 0.7, 0.7])
-  then = keyframe(1, [0.52, 0.5, 0.72, 0.7], [0.8, 0, 1, 0.2], [0.04, 0, 0.24, 0.2])
-  assert predict.link(now, then).tolist() == [2, 0]
-  assert predict.link(keyframe(0), then).tolist() == []
-  assert predict.link(now, keyframe(1)).tolist() == [-1, -1]
-
-
-def test_linked_people_move_and_keep_their_number():
-  frames = [
-    keyframe(2, [0, 0, 0.2, 0.2], [0.5, 0.5, 0.7, 0.7]),
-    keyframe(4, [0.5, 0.5, 0.7, 0.7], [0.08, 0, 0.28, 0.2]),
-    keyframe(6, [0.8, 0, 1, 0.2], [0.08, 0, 0.28, 0.2]),
-  ]
-  links = [predict.link(*frames[:2]), predict.link(*frames[1:])]
-  assert [numbers.tolist() for numbers in predict.number_people(frames, links)] == [[0, 1], [1, 0], [4, 0]]
-  boxes = predict.boxes_between(frames[0], frames[1], links[0], 3.5)
-  np.testing.assert_allclose(boxes, [[0.06, 0, 0.26, 0.2], [0.5, 0.5, 0.7, 0.7]], atol=1e-6)
-  boxes = predict.boxes_between(frames[1], frames[2], links[1], 5.9)  # the one who is lost stays
-  np.testing.assert_allclose(boxes[0], [0.5, 0.5, 0.7, 0.7])
 
 
 def test_boxes_hold_until_the_next_keyframe(tmp_path):

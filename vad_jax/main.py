@@ -36,6 +36,7 @@ from vad_jax.datasets.video import video_files
 from vad_jax.evaluate import Evaluation, evaluate
 from vad_jax.metrics.analysis import analyse
 from vad_jax.metrics.report import scalars, write_report
+from vad_jax.person_boxes import PersonBoxes
 from vad_jax.train import NonFiniteError, PredictFn, Result, make_predict, train
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes a type checker cannot know
@@ -362,7 +363,10 @@ def _write_results(
   write_ava_csv(workdir / "detections.csv", evaluation.detections)
   source = _held_out_video(sets["val"])
   seen = hasattr(loaded.model, "maps")
-  shown = source and predict.predict_video(loaded, source, workdir / "videos", stride=0.25, save_maps=seen)
+  people = _given_people(sets["val"], source.stem) if source and hasattr(loaded.model, "takes_proposals") else None
+  shown = source and predict.predict_video(
+    loaded, source, workdir / "videos", boxes=people, stride=1.0 if people else 0.25, save_maps=seen
+  )
   video, maps = (shown.video, shown.maps) if shown else (None, None)
   pictures = sorted(maps.iterdir()) if maps else []
   protocol = config.eval.protocol
@@ -402,6 +406,14 @@ def _write_results(
 def _boxes_by_class(dataset: KeyframeDataset) -> dict[int, int]:
   labels = sum((keyframe.labels.sum(0) for keyframe in dataset.keyframes), np.zeros(dataset.num_classes))
   return {index: int(labels[index - 1]) for index in dataset.label_map}
+
+
+def _given_people(dataset: KeyframeDataset, video: str) -> PersonBoxes:
+  """The proposals of a video."""
+  found = {time: boxes for (name, time), boxes in (dataset.proposals or {}).items() if name == video}
+  times = sorted(found)
+  scores = [np.ones(len(found[time]), np.float32) for time in times]
+  return PersonBoxes("the data set", np.array(times), [found[time] for time in times], scores)
 
 
 def _held_out_video(dataset: KeyframeDataset) -> Path | None:

@@ -32,19 +32,17 @@ import cv2
 import jax
 import numpy as np
 from flax import nnx
-from scipy.optimize import linear_sum_assignment
 
 import vad_jax
-from vad_jax import annotations, checkpoint, progress, visualize
+from vad_jax import annotations, checkpoint, person_boxes, progress, visualize
 from vad_jax.batch import Batch, Detections
 from vad_jax.datasets.augment import place_on_canvas
 from vad_jax.datasets.loader import ClipSpec
 from vad_jax.datasets.video import VideoReader, VideoWriter, nearest
-from vad_jax.ops.boxes import iou
 from vad_jax.ops.nms import nms as suppress
+from vad_jax.person_boxes import PersonBoxes
 
 _CANVAS_MULTIPLE = 32
-_SAME_PERSON_IOU = 0.2  # between two keyframes in a row
 _TIME_EPSILON = 1e-3  # seconds; time stamps of frames are rounded
 
 
@@ -114,6 +112,7 @@ def predict_video(
   video: str | Path,
   output_dir: str | Path | None = None,
   *,
+  boxes: str | Path | checkpoint.Loaded | PersonBoxes | None = None,
   stride: float | None = 1.0,
   actor_threshold: float = 0.5,
   action_threshold: float = 0.3,
@@ -129,6 +128,8 @@ def predict_video(
     model: what `load` takes or returned.
     video: any file that FFmpeg can decode.
     output_dir: where to write CSV, JSON and annotated video; None writes nothing.
+    boxes: the people, for a model that classifies given ones: a model that finds people, as `load` takes or returned
+      it; a file, see `person_boxes.read`; or what is known already.
     stride: seconds between keyframes; None makes every frame one.
     actor_threshold: lowest actor score of a person that is reported.
     action_threshold: lowest score of an action that is reported.
@@ -139,7 +140,7 @@ def predict_video(
     save_maps: write a picture of each keyframe: the model's maps over the frame, all boxes, and those that are kept.
 
   Raises:
-    ValueError: the model has no maps.
+    ValueError: the model has no maps; or it needs boxes and there are none, or the other way round.
     VideoError: the video is missing or cannot be decoded.
     OSError: the output directory cannot be written.
   """
@@ -153,13 +154,15 @@ def predict_video(
     "top_k": top_k,
     "nms": nms,
   }
+  finding: dict[str, Any] = {"stride": stride, "actor_threshold": actor_threshold, "nms": nms, "batch_size": batch_size}
+  people = _people(loaded, boxes, source, finding)
   with VideoReader(source) as reader:
     height, width = reader.size
     outputs = _prepare_outputs(source, output_dir) if output_dir is not None else {}
     with progress.bar(f"{source.name}: detect", reader.num_frames) as advance:
       frames = _counted(reader, advance)
       keyframes = []
-      for time, found, seen in _detect(loaded, frames, (height, width), stride, batch_size, save_maps):
+      for time, found, seen in _detect(loaded, people, frames, (height, width), stride, batch_size, save_maps):
         keyframes.append(_select(time, found, loaded.info["label_map"], **thresholds))
         if seen and outputs:
           outputs["maps"].mkdir(exist_ok=True)
@@ -167,14 +170,44 @@ def predict_video(
           sheet = visualize.map_sheet(*seen, found, kept.boxes, kept.actor_score, size=(height, width))
           cv2.imwrite(str(outputs["maps"] / f"{time:08.3f}.png"), sheet[..., ::-1])
     result = Prediction(source, (height, width), reader.fps, reader.broken, keyframes)
+  if people and all(people.index(keyframe.time) is None for keyframe in keyframes):
+    times = ", ".join(f"{time:g}" for time in people.times[:3])
+    raise ValueError(f"{people.source}: boxes of {source} are at {times}, ... seconds and at no keyframe; see --stride")
   if outputs:
     _write_csv(result, outputs["csv"])
-    _write_json(result, outputs["json"], loaded.info, {"stride": stride, **thresholds})
+    _write_json(
+      result, outputs["json"], loaded.info, {"stride": stride, "boxes": people and people.source, **thresholds}
+    )
     if draw:
       annotate(result, outputs["video"])
     result = result._replace(csv=outputs["csv"], json=outputs["json"])
     result = result._replace(video=outputs["video"] if draw else None, maps=outputs["maps"] if save_maps else None)
   return result
+
+
+def _people(loaded: checkpoint.Loaded, boxes: Any, video: Path, finding: dict[str, Any]) -> PersonBoxes | None:
+  """The people that a model is to classify, found by another one or read; None for a model that finds them itself.
+
+  Raises:
+    ValueError: the model needs boxes and there are none, or the other way round.
+    OSError: there is no such file.
+  """
+  name = loaded.info["model"]["name"]
+  if not getattr(loaded.model, "takes_proposals", False):
+    if boxes is not None:
+      raise ValueError(f"{name} finds people itself: leave --boxes out")
+    return None
+  if boxes is None:
+    raise ValueError(f"{name} classifies given people: name a model that finds them, or a file of boxes, with --boxes")
+  if isinstance(boxes, PersonBoxes):
+    return boxes
+  if isinstance(boxes, checkpoint.Loaded) or checkpoint.is_checkpoint(boxes):
+    found = predict_video(boxes, video, **finding).keyframes
+    other = boxes.info["model"]["name"] if isinstance(boxes, checkpoint.Loaded) else str(boxes)
+    return PersonBoxes(
+      other, np.array([k.time for k in found]), [k.boxes for k in found], [k.actor_score for k in found]
+    )
+  return person_boxes.read(boxes, video.stem.replace(",", "_"), threshold=finding["actor_threshold"])
 
 
 # --- detection ----------------------------------------------------------------------------------------------
@@ -190,6 +223,7 @@ def _run_model(graphdef: Any, state: Any, inputs: dict[str, np.ndarray], with_ma
 
 def _detect(
   loaded: checkpoint.Loaded,
+  people: PersonBoxes | None,
   frames: Iterable[tuple[float, np.ndarray]],
   size: tuple[int, int],
   stride: float | None,
@@ -215,6 +249,8 @@ def _detect(
       video[: len(batch)] = [clip for _, clip in batch]
       key = np.where(np.arange(batch_size) < len(batch), 0, -1).astype(np.int32)
       inputs = {"video": video, "video_size": video_size, "key": key}
+      if people:
+        inputs |= people.batch([time for time, _ in batch], batch_size)
       shown = video[:, nearest(offsets, 0.0)].copy() if with_maps else video[:, :0]
       yield [time for time, _ in batch], shown, _run_model(graphdef, state, inputs, with_maps)
 
@@ -415,8 +451,8 @@ def annotate(result: Prediction, path: Path) -> None:
     path: the mp4 to write.
   """
   keyframes = result.keyframes
-  links = [link(now, then) for now, then in itertools.pairwise(keyframes)]
-  people = number_people(keyframes, links)
+  links = [person_boxes.link(now.boxes, then.boxes) for now, then in itertools.pairwise(keyframes)]
+  people = person_boxes.number_people([len(keyframe.boxes) for keyframe in keyframes], links)
   current = 0
   with contextlib.ExitStack() as stack:
     reader = stack.enter_context(VideoReader(result.source))
@@ -427,48 +463,15 @@ def annotate(result: Prediction, path: Path) -> None:
         current += 1
       boxes = keyframes[current].boxes
       if current < len(links):
-        boxes = boxes_between(*keyframes[current : current + 2], links[current], time)
+        begin, end = (keyframe.time for keyframe in keyframes[current : current + 2])
+        share = (time - begin) / (end - begin)
+        boxes = person_boxes.boxes_between(boxes, keyframes[current + 1].boxes, links[current], share)
       captions = [[f"{action.name} {action.score:.2f}" for action in a] for a in keyframes[current].actions]
       colors = [visualize.color_of(number) for number in people[current]]
       drawn = visualize.draw_detections(visualize.upscale(frame), boxes, captions, colors)
       if writer is None:
         writer = stack.enter_context(VideoWriter(path, size=drawn.shape[:2], fps=result.fps, audio_from=result.source))
       writer.write(drawn, time)
-
-
-def link(now: KeyframeDetections, then: KeyframeDetections) -> np.ndarray:
-  """Finds the people of one keyframe in the next, one to one, by how much their boxes overlap.
-
-  Returns:
-    ``[n]`` for each box of ``now`` its index in ``then``, or -1.
-  """
-  overlap = iou(now.boxes[:, None], then.boxes)
-  links = np.full(len(now.boxes), -1)
-  rows, columns = linear_sum_assignment(-overlap)
-  same = overlap[rows, columns] >= _SAME_PERSON_IOU
-  links[rows[same]] = columns[same]
-  return links
-
-
-def number_people(keyframes: list[KeyframeDetections], links: list[np.ndarray]) -> list[np.ndarray]:
-  """Numbers the people of each keyframe so that linked ones keep their number, and with it their colour."""
-  identities = [np.arange(len(keyframes[0].boxes))]
-  count = len(keyframes[0].boxes)
-  for keyframe, forward in zip(keyframes[1:], links, strict=True):
-    numbers = np.arange(count, count + len(keyframe.boxes))
-    count += len(keyframe.boxes)
-    numbers[forward[forward >= 0]] = identities[-1][forward >= 0]
-    identities.append(numbers)
-  return identities
-
-
-def boxes_between(now: KeyframeDetections, then: KeyframeDetections, links: np.ndarray, time: float) -> np.ndarray:
-  """Boxes at a time between two keyframes: linked ones move, the others stay."""
-  share = (time - now.time) / (then.time - now.time)
-  boxes = now.boxes.copy()
-  linked = links >= 0
-  boxes[linked] += share * (then.boxes[links[linked]] - boxes[linked])
-  return boxes
 
 
 # --- command line -------------------------------------------------------------------------------------------
@@ -478,7 +481,9 @@ def main(arguments: list[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
   options = _parse(arguments)
   try:
-    loaded = load(options.checkpoint)
+    loaded, boxes = load(options.checkpoint), options.boxes
+    if boxes is not None and checkpoint.is_checkpoint(boxes):
+      boxes = load(boxes)
   except (OSError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
@@ -489,6 +494,7 @@ def main(arguments: list[str] | None = None) -> int:
         loaded,
         video,
         options.output_dir,
+        boxes=boxes,
         stride=options.stride,
         actor_threshold=options.actor_threshold,
         action_threshold=options.action_threshold,
@@ -526,6 +532,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   )
   parser.add_argument("--checkpoint", required=True, help="run directory, checkpoint, or `quickstart`")
   parser.add_argument("--video", required=True, nargs="+", type=Path, help="any file that FFmpeg can decode")
+  parser.add_argument(
+    "--boxes",
+    help="people, for a system that classifies given ones: another system's run or checkpoint, or `quickstart`, which "
+    "finds them; or a file: JSON of predict, AVA CSV, pickle of mmaction2. Any person detector can write such a CSV: "
+    "video,seconds,x1,y1,x2,y2,1,score with boxes in [0, 1]",
+  )
   parser.add_argument("--output-dir", default="predictions", type=Path, help="default: %(default)s")
   keyframes = parser.add_mutually_exclusive_group()
   keyframes.add_argument(
