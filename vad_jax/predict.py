@@ -535,8 +535,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--boxes",
     help="people, for a system that classifies given ones: another system's run or checkpoint, or `quickstart`, which "
-    "finds them; or a file: JSON of predict, AVA CSV, pickle of mmaction2. Any person detector can write such a CSV: "
-    "video,seconds,x1,y1,x2,y2,1,score with boxes in [0, 1]",
+    "finds them; or a file: JSON of predict, AVA CSV, pickle of mmaction2. Other detectors are not called from here; "
+    "any can write such a CSV: video,seconds,x1,y1,x2,y2,1,score with boxes in [0, 1]",
   )
   parser.add_argument("--output-dir", default="predictions", type=Path, help="default: %(default)s")
   keyframes = parser.add_mutually_exclusive_group()
