@@ -32,7 +32,8 @@ def base() -> Config:
   # the annotated ones; and so on.
   config.data = ConfigDict({"name": "synthetic", "root": "data"})
   config.clip = ConfigDict({"num_frames": 16, "frame_stride": 4, "fps": 30.0})
-  # Height and width of the padded frames, multiples of 32; or several of these, of which a video gets the one it fills.
+  # Height and width of the padded frames, multiples of 16 (some systems want 32); or several of these, of which a video
+  # gets the one it fills.
   config.canvas = (288, 512)
   config.resize = "short_side"  # or "stretch", which fills the canvas without keeping proportions
   config.short_side = 288  # of the frames on the canvas, as far as they fit; nothing where they are stretched

@@ -42,6 +42,8 @@ def test_cosine() -> None:
   schedule = optim.make_schedule("cosine", 2.0, num_steps=100, steps_per_epoch=7, warmup=0.1, final=0.05)
   np.testing.assert_allclose([schedule(step) for step in (0, 5, 10, 55, 100)], [0, 1, 2, 1.05, 0.1], rtol=1e-6)
   assert optim.cosine(2.0, num_steps=3)(0) == 2.0  # too short to warm up
+  schedule = optim.cosine(2.0, num_steps=60, decay_steps=100, warmup=0.1, start=0.25)
+  np.testing.assert_allclose([schedule(step) for step in (0, 5, 10, 55)], [0.5, 1.25, 2, 1], rtol=1e-6)
 
 
 def test_unknown_schedule() -> None:

@@ -380,7 +380,7 @@ def markdown(paths: Sequence[str]) -> str:
       f"{total['parameters']:,}",
       f"{total['exact'] / 1e9:.2f}",
       f"{total['paper'] / 1e9:.2f}",
-      f"{paper['gflops']:g}" if paper else "",
+      f"{paper['gflops']:g}" if paper and paper["gflops"] else "",
     )
     rows.append(f"| {' | '.join(cells)} |")
   return "\n".join(rows)
@@ -492,7 +492,7 @@ def _print(description: dict[str, Any]) -> None:
     parts.add_row(name, f"{numbers['parameters']:,}", *(f"{numbers[count] / 1e9:.2f}" for count in COUNTS))
   console.print(parts)
   if paper := description["paper"]:
-    printed = [f"{paper['gflops']:g} GFLOPs"]
+    printed = [f"{paper['gflops']:g} GFLOPs"] if paper["gflops"] else []
     printed += [f"{paper['parameters']} parameters"] if paper["parameters"] else []
     printed += [f"{paper['mean_ap']} mAP"] if paper["mean_ap"] else []
     console.print(f"the paper prints {', '.join(printed)}")

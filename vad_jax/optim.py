@@ -36,18 +36,34 @@ def step_epochs(
   return schedule
 
 
-def cosine(learning_rate: float, *, num_steps: int, warmup: float = 0.05, final: float = 0.0) -> optax.Schedule:
-  """Linear warm-up from zero, then half a cosine.
+def cosine(
+  learning_rate: float,
+  *,
+  num_steps: int,
+  warmup: float = 0.05,
+  start: float = 0.0,
+  final: float = 0.0,
+  decay_steps: int | None = None,
+) -> optax.Schedule:
+  """Linear warm-up, then half a cosine.
 
   Args:
     learning_rate: the peak.
     num_steps: length of the training.
     warmup: fraction of the steps that warm up.
+    start: fraction of the peak that the warm-up begins with.
     final: fraction of the peak that is left at the end.
+    decay_steps: where the cosine would end, and what ``warmup`` is a fraction of, if training stops before that; None
+      ends it with the training.
   """
-  warmup_steps = int(warmup * num_steps)
+  decay_steps = decay_steps or num_steps
+  warmup_steps = int(warmup * decay_steps)
   return optax.warmup_cosine_decay_schedule(
-    0.0 if warmup_steps else learning_rate, learning_rate, warmup_steps, num_steps, final * learning_rate
+    start * learning_rate if warmup_steps else learning_rate,
+    learning_rate,
+    warmup_steps,
+    decay_steps,
+    final * learning_rate,
   )
 
 

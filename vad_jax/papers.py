@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 Size = tuple[int, int, int]  # frames, height, width
 
 # Arguments that do not decide which figure of a paper a model belongs to.
-FREE_OPTIONS = {"name", "drop_path", "remat", "dtype", "action_loss", "token_order"}
+FREE_OPTIONS = {"name", "drop_path", "remat", "dtype", "action_loss", "token_order", "dropout"}
 
 
 class Figure(NamedTuple):
@@ -14,7 +14,7 @@ class Figure(NamedTuple):
 
   options: dict[str, Any]
   size: Size
-  gflops: float
+  gflops: float | None
   mean_ap: float | None
   parameters: str | None
 
@@ -73,7 +73,45 @@ def _bmvit_figures() -> Iterator[Figure]:
   # without its last pooling 503 and 705: no size of those that were tried fits.
 
 
+def _action_transformer_figures() -> Iterator[Figure]:
+  """Tables 1, 2, 3 and 5; multiply-adds are not printed. The last three (Table 2) are AP of persons."""
+  size = (64, 400, 400)
+  for query, proposals, boxes, parameters, mean_ap in (
+    ("low_res", 64, "rpn", "13.9M", 17.8),
+    ("high_res", 64, "rpn", "19.3M", 18.9),
+    ("low_res", 64, "ground_truth", "13.9M", 28.5),
+    ("high_res", 64, "ground_truth", "19.3M", 27.6),
+    ("high_res", 300, "rpn", None, 24.4),
+  ):
+    yield Figure({"query": query, "proposals": proposals, "boxes": boxes}, size, None, mean_ap, parameters)
+  for options, parameters, mean_ap in (
+    ({"head": "i3d", "proposals": 64}, "16.2M", 21.3),
+    ({"head": "i3d", "proposals": 64, "boxes": "ground_truth"}, "16.2M", 23.4),
+    ({"head": "i3d", "proposals": 300}, None, 20.5),
+    ({"head": "tx_i3d", "proposals": 300}, None, 24.9),
+    ({"head": "i3d", "proposals": 64, "class_boxes": True}, None, 19.2),
+    ({"head": "i3d", "proposals": 64, "norm": "batch"}, None, 19.1),
+    ({"head": "i3d", "proposals": 64, "class_agnostic": True}, None, 92.9),
+    ({"query": "low_res", "proposals": 64, "class_agnostic": True}, None, 77.5),
+    ({"query": "high_res", "proposals": 64, "class_agnostic": True}, None, 87.7),
+  ):
+    yield Figure(options, size, None, mean_ap, parameters)
+
+
+def _st_context_figures() -> Iterator[Figure]:
+  """Table 1, mean AP alone, at a short side of 256 pixels."""
+  for context, actor_grid, mean_ap in (
+    ("none", True, 24.80),
+    ("spatial", False, 26.50),
+    ("spatial", True, 26.75),
+    ("spatial_temporal", False, 26.65),
+    ("spatial_temporal", True, 27.02),
+  ):
+    yield Figure({"context": context, "actor_grid": actor_grid}, (32, 256, 256), None, mean_ap, None)
+
+
 PAPERS = {
+  "action_transformer": Paper(norm=0, rules=(), figures=tuple(_action_transformer_figures())),
   "bmvit": Paper(norm=5, rules=(), figures=tuple(_bmvit_figures())),
   "evad": Paper(
     norm=5,
@@ -85,4 +123,5 @@ PAPERS = {
     ),
     figures=tuple(_evad_figures()),
   ),
+  "st_context": Paper(norm=0, rules=(), figures=tuple(_st_context_figures())),
 }

@@ -365,7 +365,7 @@ def test_damaged_videos_cost_frames_and_no_worker(tmp_path, workers, caplog):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"canvas": (32, 50)}, "multiples of 32"),
+    ({"canvas": (32, 50)}, "multiples of 16"),
     ({"max_boxes": 0}, "max_boxes"),
     ({"short_side": 0}, "short_side"),
   ],

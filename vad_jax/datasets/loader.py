@@ -306,8 +306,8 @@ def _by_canvas(
   """The examples that go on each canvas, without those that no example goes on."""
   canvases: list[Canvas] = [(height, width) for height, width in np.reshape(canvas, (-1, 2)).tolist()]
   for shape in canvases:
-    if min(shape) < 32 or shape[0] % 32 or shape[1] % 32:
-      raise ValueError(f"canvas {shape}: height and width have to be multiples of 32")
+    if min(shape) < 32 or shape[0] % 16 or shape[1] % 16:
+      raise ValueError(f"canvas {shape}: height and width have to be multiples of 16, at least 32")
   if short_side is None and len(canvases) > 1:
     raise ValueError(f"{len(canvases)} canvases: frames that are stretched need no other shape, give one")
   if len(canvases) == 1:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from flax import nnx
 
 from vad_jax.batch import Array, Batch, Detections
+from vad_jax.models.action_transformer import ActionTransformer
 from vad_jax.models.bmvit import BMViT
 from vad_jax.models.evad import EVAD
 from vad_jax.models.st_context import SpatioTemporalContext
@@ -12,6 +13,7 @@ from vad_jax.models.st_context import SpatioTemporalContext
 MODELS = {
   "evad": EVAD,
   "bmvit": BMViT,
+  "action_transformer": ActionTransformer,
   "st_context": SpatioTemporalContext,
 }
 
