@@ -152,7 +152,11 @@ def test_a_set_of_one_split(lacking: str, possible: str, refused: str, config: C
 @pytest.mark.parametrize(
   "changes, mode, info",
   [
-    ({"resize": "stretch", "canvas": (64, 64)}, "train_and_evaluate", {"short_side": None, "canvas": [64, 64]}),
+    (
+      {"resize": "stretch", "canvas": (64, 64), "eval": {"canvas": (64, 96)}},
+      "train_and_evaluate",
+      {"short_side": None, "canvas": [64, 96]},
+    ),
     ({"canvas": ((64, 96), (96, 64))}, "train", {"short_side": 64, "canvas": [96, 96]}),
   ],
 )

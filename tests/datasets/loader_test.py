@@ -408,6 +408,21 @@ def test_a_folder_in_the_common_layout_opens_both_ways(layout):
     datasets.open_directory(layout, reader="tape")
 
 
+def test_annotated_boxes_can_be_the_given_ones(layout):
+  """In training they are among the proposals in any case, and once."""
+  sets = datasets.open_directory(layout, clip=CLIP, reader="video", oracle=True)
+  wanted = [boxes for boxes in sets["val"].proposals.values() if len(boxes)]
+  assert wanted and not any(len(boxes) for boxes in sets["train"].proposals.values())
+  (evaluated,) = eval_batches(sets["val"], batch_size=2, max_proposals=3, **PLACE)
+  trained = next(train_batches(sets["train"], batch_size=2, max_proposals=3, seed=0, **PLACE))
+  for batch in (evaluated, trained):
+    count = batch["boxes"].shape[1]
+    np.testing.assert_array_equal(batch["proposals"][:, :count], batch["boxes"])
+    np.testing.assert_array_equal(batch["proposal_mask"].sum(1), batch["box_mask"].sum(1))
+  with pytest.raises(ValueError, match="either annotated ones"):
+    datasets.open_directory(layout, oracle=True, proposal_threshold=0.8)
+
+
 def test_a_missing_file_of_a_set_is_named(layout):
   (layout / "videos" / "val" / "v.mp4").write_bytes(b"")
   with pytest.raises(VideoError, match=r"val/v\.mp4: .*the file is empty.* \(as all 1 videos"):

@@ -333,6 +333,22 @@ def test_config():
   np.testing.assert_allclose(rates, [0.000125, 0.1, 0.1, 0.01, 0.001, 0.001], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+  "arguments, mean_ap",
+  [
+    ("context=none", 24.8),
+    ("context=spatial,actor_grid=no", 26.5),
+    ("context=spatial", 26.75),
+    ("actor_grid=no", 26.65),
+    ("", 27.02),
+    ("positions", None),
+  ],
+)
+def test_figures_of_table_1(arguments, mean_ap):
+  figures = describe.figures(st_context_slowfast_r50.get_config(arguments))
+  assert [figure.mean_ap for figure in figures] == ([mean_ap] if mean_ap else [])
+
+
 def test_described():
   config = st_context_slowfast_r50.get_config("tiny")
   described = describe.describe(config, (8, 64, 64), training=False)
