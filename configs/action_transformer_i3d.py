@@ -88,6 +88,7 @@ def learn_quickly(config: common.Config) -> None:
   ):
     config[key] = quick[key]
   config.num_steps = None
+  config.schedule.learning_rate = 2e-3
   config.clip = ConfigDict({"num_frames": 16, "frame_stride": 2, "fps": 25.0})
   config.canvas, config.resize, config.short_side = quick.canvas, quick.resize, quick.short_side
   config.model.update({"variant": "tiny", "proposals": 32, "norm": "batch", "dropout": 0.0, "remat": False})

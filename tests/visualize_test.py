@@ -149,6 +149,11 @@ def test_map_is_laid_over_the_frame():
   assert (drawn[:120, :160] == drawn[0, 0]).all(), "cells are not smoothed"
 
 
+def test_map_of_colours_keeps_them():
+  drawn = draw_map(_frame(value=100), np.array([[[1.0, 0.0, 0.0], [0.0, 0.5, 1.0]]]))
+  np.testing.assert_array_equal(drawn[0, [0, -1]], [[193, 40, 40], [40, 117, 193]])
+
+
 def test_strong_outlines_are_bright_and_on_top():
   frame = _frame(value=100)
   boxes = np.array([[0.1, 0.1, 0.5, 0.5], [0.1, 0.1, 0.9, 0.9]])

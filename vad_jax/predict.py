@@ -262,7 +262,7 @@ def _detect(
       real = {}
       for name, values in maps.items():  # without the padding
         rows, columns = (
-          round(n * side / padded) for n, side, padded in zip(values.shape[1:], placed_size, canvas, strict=True)
+          round(n * side / padded) for n, side, padded in zip(values.shape[1:3], placed_size, canvas, strict=True)
         )
         real[name] = values[row, :rows, :columns]
       seen = (shown[row, :height, :width], real) if with_maps else None

@@ -105,13 +105,13 @@ def draw_map(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
   Args:
     frame: ``[H, W, 3]`` uint8 RGB.
-    heat: ``[h, w]`` in [0, 1], of the whole frame; its cells are shown as they are.
+    heat: ``[h, w]``, or ``[h, w, 3]`` colours, in [0, 1], of the whole frame; its cells are shown as they are.
   """
   _check_frame(frame)
   height, width = frame.shape[:2]
   cells = np.rint(255 * np.clip(heat, 0, 1)).astype(np.uint8)
   cells = cv2.resize(cells, (width, height), interpolation=cv2.INTER_NEAREST)
-  colored = cv2.applyColorMap(cells, cv2.COLORMAP_INFERNO)[..., ::-1]
+  colored = cells if cells.ndim == 3 else cv2.applyColorMap(cells, cv2.COLORMAP_INFERNO)[..., ::-1]
   grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)[..., None]
   return np.rint(0.4 * grey + 0.6 * colored).astype(np.uint8)
 
@@ -149,7 +149,7 @@ def map_sheet(
 
   Args:
     frame: ``[H, W, 3]`` uint8 RGB, which may be distorted.
-    maps: ``[h, w]`` in [0, 1] by name.
+    maps: see `draw_map`, by name.
     found: detections without a batch axis.
     kept: ``[n, 4]`` boxes.
     scores: ``[n]`` of these.

@@ -195,7 +195,7 @@ def test_losses_by_hand(run):
 
 
 def test_proposals_by_hand(run, model):
-  """Decoded and clipped anchors, greedily suppressed; those of the padding propose nothing."""
+  """Decoded and clipped anchors, greedily suppressed; not those of the padding, or larger than the frame."""
   batch = make_batch()
   batch["video_size"] = np.array([[64, 56], [40, 96]], np.int32)
   out, *_ = run(batch)
@@ -212,7 +212,9 @@ def test_proposals_by_hand(run, model):
     boxes = np.clip(boxes, 0, 1)
     logits = np.asarray(out["anchor_logits"][image], np.float64)
     score = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
-    score[~np.repeat(cells[image].reshape(-1), 12)] = -np.inf
+    score[
+      ~np.repeat(cells[image].reshape(-1), 12) | (anchors[:, 2:] - anchors[:, :2] > [width, height]).any(1)
+    ] = -np.inf
     kept = nms(boxes, score, 0.7)[:24]
     count = int(out["proposal_mask"][image].sum())
     assert count == len(kept)

@@ -22,7 +22,7 @@ class System(Protocol):
   """What training, evaluation and prediction ask of a model. There is no base class: a model just has these members.
 
   A model with something to see has ``maps(out, batch)`` as well, which gives maps of the padded keyframe by name:
-  ``[B, h, w]`` in [0, 1]. One that classifies given boxes has ``takes_proposals = True``.
+  ``[B, h, w]``, or ``[B, h, w, 3]`` colours, in [0, 1]. One that classifies given boxes has ``takes_proposals = True``.
 
   Attributes:
     class_parameters: regular expression of the paths of parameters whose shape follows the number of classes.

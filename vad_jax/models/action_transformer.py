@@ -19,7 +19,8 @@ API, and else decided here:
 * The widths that are not printed are chosen so that Table 1's numbers of parameters come out: embeddings of place and
   time of 128 each, HighRes regions of 384 channels, feed-forward parts of 256, a preprocessor and projections of its
   own for each unit. The proposal network does not see the embedding of places; the I3D head has none.
-* Attention passes over cells in the padding of the frame, and anchors there propose nothing.
+* Attention passes over cells in the padding of the frame, and anchors there propose nothing. Neither do anchors larger
+  than the frame: training passes over anchors that leave it, so what the network says of these would be noise.
 * The API drops duplicates class by class. Here a person is one box with all its actions, so they are dropped by the
   score of the actor, which is 1 - the probability of background. At most 100 are left.
 * Class-specific boxes (Table 5): all regressors of the actor's actions learn, and that of its likeliest action counts.
@@ -74,7 +75,7 @@ class Variant(NamedTuple):
 
 VARIANTS = {
   "i3d": Variant(),
-  "tiny": Variant(width=0.25, anchor=64.0, rpn=64, place=32, dim=32, hidden=64, reduced=16),
+  "tiny": Variant(width=0.25, anchor=48.0, rpn=64, place=32, dim=32, hidden=64, reduced=16),
 }
 _LAYERS, _UNITS = 3, 2  # units beside each other in a layer are what others call heads
 _STRIDE = 16  # pixels per cell of Mixed_4f
@@ -214,15 +215,16 @@ class ActionTransformer(nnx.Module):
     anchors = anchor_boxes((h, w), stride=_STRIDE, base=self.anchor) / jnp.tile(size[:, None, ::-1], 2)
     objectness = jax.nn.softmax(logits)[..., 1]
     boxes = jnp.clip(jax.lax.stop_gradient(apply_deltas(anchors, deltas, weights=_CODER)), 0, 1)
-    real = jnp.repeat(out["cells"].reshape(count, -1), anchors.shape[1] // (h * w), 1)
+    fit = (anchors[..., 2:] - anchors[..., :2] <= 1).all(-1)
+    fit &= jnp.repeat(out["cells"].reshape(count, -1), anchors.shape[1] // (h * w), 1)
     kept, mask = batched_nms(
-      boxes, jnp.where(real, objectness, -jnp.inf), iou_threshold=_PROPOSAL_IOU, count=self.proposals
+      boxes, jnp.where(fit, objectness, -jnp.inf), iou_threshold=_PROPOSAL_IOU, count=self.proposals
     )
     return {
       "anchors": anchors,
       "anchor_logits": logits,
       "anchor_deltas": deltas,
-      "anchor_priority": jnp.zeros(real.shape) if rngs is None else rngs.proposals.uniform(real.shape),
+      "anchor_priority": jnp.zeros(fit.shape) if rngs is None else rngs.proposals.uniform(fit.shape),
       "proposals": _take(boxes, kept),
       "proposal_mask": mask,
       "objectness": jnp.where(mask, _take(objectness, kept), 0),
