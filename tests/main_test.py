@@ -96,7 +96,8 @@ def test_starts_from_weights(config: ConfigDict, tmp_path: Path, capsys: Any) ->
   first, second = (checkpoint.load_arrays(tmp_path / name)[0] for name in ("first", "second"))
   assert first.keys() == second.keys()
   for name, value in first.items():
-    np.testing.assert_array_equal(value, second[name])
+    if name != "seen":  # running statistics go on
+      np.testing.assert_array_equal(value, second[name])
   assert "starting from stand_in of" in capsys.readouterr().err
   assert "hidden.kernel" in (tmp_path / "second" / "init_from.txt").read_text()
 
