@@ -75,20 +75,9 @@ def get_config(arg: str | None = None) -> common.Config:
 def learn_quickly(config: common.Config) -> None:
   """Turns a config into one that learns rendered people from nothing on two cores, in minutes."""
   quick = quickstart.get_config()
-  for key in (
-    "data",
-    "max_boxes",
-    "augment",
-    "optimizer",
-    "schedule",
-    "eval",
-    "num_epochs",
-    "batch_size",
-    "microbatch",
-  ):
+  for key in ("data", "clip", "max_boxes", "augment", "optimizer", "schedule", "eval", "num_epochs", "batch_size"):
     config[key] = quick[key]
-  config.num_steps = None
+  config.num_steps, config.microbatch = None, None
   config.schedule.learning_rate = 2e-3
-  config.clip = ConfigDict({"num_frames": 16, "frame_stride": 2, "fps": 25.0})
   config.canvas, config.resize, config.short_side = quick.canvas, quick.resize, quick.short_side
   config.model.update({"variant": "tiny", "proposals": 32, "norm": "batch", "dropout": 0.0, "remat": False})

@@ -119,7 +119,7 @@ class ActionTransformer(nnx.Module):
       class_boxes: boxes are refined for each class (Table 5).
       norm: of I3D: ``frozen`` to fine-tune published weights, ``batch`` to train from scratch.
       dropout: of the Tx head.
-      remat: recompute I3D's endpoints in the backward pass instead of storing what is inside of them.
+      remat: recompute the trunk's endpoints in the backward pass instead of storing what is inside of them.
       dtype: computation type, "float32" or "bfloat16"; parameters, boxes and losses stay float32.
       rngs: source of the initial parameters.
 
@@ -142,8 +142,8 @@ class ActionTransformer(nnx.Module):
     self.class_agnostic = class_agnostic
     self.class_parameters = r"(action|box)\..*" if class_boxes else r"action\..*"
     self.compute_dtype = compute = jnp.bfloat16 if dtype == "bfloat16" else None
-    trunk = {"norm": norm, "width": sizes.width, "remat": remat, "dtype": compute, "rngs": rngs}
-    self.backbone = I3D(final_endpoint=TRUNK_END, **trunk)
+    trunk = {"norm": norm, "width": sizes.width, "dtype": compute, "rngs": rngs}
+    self.backbone = I3D(final_endpoint=TRUNK_END, remat=remat, **trunk)
     channels = self.backbone.features
     self.rpn = ProposalNetwork(channels, sizes.rpn, dtype=compute, rngs=rngs)
     tx = functools.partial(TxHead, channels, sizes, high_res=query == "high_res", dropout=dropout)
@@ -179,8 +179,8 @@ class ActionTransformer(nnx.Module):
     features = self.backbone(video)
     count, _, h, w, _ = features.shape
     y, x = (jnp.arange(n) * _STRIDE < size[:, axis, None] for axis, n in enumerate((h, w)))
-    out = {"features": features, "cells": y[:, :, None] & x[:, None]}
-    out |= self._propose(out, size, rngs)
+    cells = y[:, :, None] & x[:, None]
+    out = {"features": features, "cells": cells, **self._propose(features, cells, size, rngs)}
     if self.boxes == "ground_truth" and "boxes" in batch:
       mask = jnp.asarray(batch["box_mask"])
       given = jnp.where(mask[..., None], batch["boxes"], jnp.array([0.0, 0.0, 1.0, 1.0]))
@@ -192,7 +192,7 @@ class ActionTransformer(nnx.Module):
     regions = out["proposals"] * jnp.tile(size[:, None, ::-1] / jnp.array(video.shape[3:1:-1]), 2)
     described = []
     if self.tx is not None:
-      found, out["attention"], out["keys"] = self.tx(features, regions, out["cells"], rngs)
+      found, out["attention"], out["keys"] = self.tx(features, regions, cells, rngs)
       described.append(found)
     if self.i3d_head is not None:
       described.append(self._tubes(features, regions))
@@ -206,9 +206,8 @@ class ActionTransformer(nnx.Module):
     refined = jnp.clip(apply_deltas(out["proposals"], best, weights=_CODER), 0, 1)
     return {**out, "deltas": deltas, "boxes": refined}
 
-  def _propose(self, out: dict[str, Any], size: Array, rngs: nnx.Rngs | None) -> dict[str, Array]:
+  def _propose(self, features: Array, cells: Array, size: Array, rngs: nnx.Rngs | None) -> dict[str, Array]:
     """Anchors of the centre slice, what the proposal network says of them, and the proposals."""
-    features = out["features"]
     count, slices, h, w, _ = features.shape
     logits, deltas = self.rpn(features[:, slices // 2])
     # Boxes and overlaps do not care for the unit, so all is in [0, 1] of the frame at once.
@@ -216,7 +215,7 @@ class ActionTransformer(nnx.Module):
     objectness = jax.nn.softmax(logits)[..., 1]
     boxes = jnp.clip(jax.lax.stop_gradient(apply_deltas(anchors, deltas, weights=_CODER)), 0, 1)
     fit = (anchors[..., 2:] - anchors[..., :2] <= 1).all(-1)
-    fit &= jnp.repeat(out["cells"].reshape(count, -1), anchors.shape[1] // (h * w), 1)
+    fit &= jnp.repeat(cells.reshape(count, -1), anchors.shape[1] // (h * w), 1)
     kept, mask = batched_nms(
       boxes, jnp.where(fit, objectness, -jnp.inf), iou_threshold=_PROPOSAL_IOU, count=self.proposals
     )
@@ -232,19 +231,22 @@ class ActionTransformer(nnx.Module):
 
   def _tubes(self, features: Array, regions: Array) -> Array:
     """The I3D head's features ``[B, N, C]`` of regions ``[B, N, 4]``, which are the same in every time slice."""
-    assert self.i3d_head is not None
+    head = self.i3d_head
+    assert head is not None
     count, slices, h, w, channels = features.shape
     flat = jnp.moveaxis(features, 1, 3).reshape(count, h, w, -1)
-    graphdef, state = nnx.split(self.i3d_head)
 
-    def describe(head: I3DHead, regions: Array) -> Array:
+    def describe(regions: Array) -> Array:
       pooled = roi_pool(flat, regions).reshape(-1, 7, 7, slices, channels)
       return head(jnp.moveaxis(pooled, 3, 1)).mean((1, 2, 3)).reshape(*regions.shape[:2], -1)
 
-    if regions.shape[1] <= _REGIONS_AT_ONCE:  # as in training, where statistics of the batch are of all of it
-      return describe(self.i3d_head, regions)
-    one = lambda region: describe(nnx.merge(graphdef, state), region[:, None])[:, 0]  # noqa: E731
-    return jax.lax.map(one, regions.swapaxes(0, 1), batch_size=_REGIONS_AT_ONCE).swapaxes(0, 1)
+    turns = -(-regions.shape[1] // _REGIONS_AT_ONCE)
+    if turns == 1:  # as in training, where statistics of the batch are of all of it
+      return describe(regions)
+    share = -(-regions.shape[1] // turns)
+    padded = jnp.pad(regions, ((0, 0), (0, turns * share - regions.shape[1]), (0, 0)))
+    found = jax.lax.map(describe, padded.reshape(count, turns, share, 4).swapaxes(0, 1))
+    return found.swapaxes(0, 1).reshape(count, turns * share, -1)[:, : regions.shape[1]]
 
   def costs(self, out: dict[str, Any], batch: Batch) -> None:
     """Nothing is matched."""
@@ -264,8 +266,7 @@ class ActionTransformer(nnx.Module):
     actors = jnp.asarray(batch["box_mask"]) & real[:, None]
     # What stands in padded slots must not even reach the arithmetic: NaN times zero is NaN in the gradient.
     targets = jnp.where(actors[..., None], batch["boxes"], 0)
-    labels = jnp.where(actors[..., None], 1.0 if self.class_agnostic else batch["labels"], 0)
-    labels = labels[..., :1] if self.class_agnostic else labels
+    labels = jnp.where(actors[..., None], 1.0 if self.class_agnostic else batch["labels"], 0)  # [B, M, 1 or K]
 
     def mean(values: Array, counted: Array, chosen: Array) -> Array:
       of_clip = losses.masked_sum(values, counted, -1) / jnp.maximum(chosen.sum(-1), 1)
