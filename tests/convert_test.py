@@ -22,6 +22,7 @@ from vad_jax.backbones.vit import ViT
 from vad_jax.layers.position import linear_matrix, sincos_positions
 from vad_jax.models import bmvit
 from vad_jax.models.evad import EVAD
+from vad_jax.models.st_context import SpatioTemporalContext
 
 Weights = dict[str, np.ndarray]
 TINY = {"width": 96, "depth": 3, "heads": 3}
@@ -360,7 +361,7 @@ def shuffled(model: nnx.Module) -> nnx.Module:
     ("i3d", {"Logits/Conv3d_0c_1x1/conv_3d/w": (1, 1, 1, 1024, 400), "Mixed_3b/Branch_0/w/Momentum": (3,)}),
     ("i3d_pytorch", {"logits.conv3d.bias": (400,), "Mixed_3b.b0.bn.num_batches_tracked": ()}),
     ("slowfast", {"head.projection.bias": (400,), "s1_fuse.bn.num_batches_tracked": ()}),
-    ("slowfast_pytorchvideo", {"blocks.6.proj.bias": (80,), "detection_head.proj.weight": (80, 2304)}),
+    ("slowfast_pytorchvideo", {"blocks.6.proj.bias": (400,), "detection_head.proj.weight": (80, 2304)}),
     ("slowfast_caffe2", {"pred_w": (400, 2304), "conv1_w_momentum": (3,), "lr": (), "model_iter": ()}),
   ],
 )
@@ -386,6 +387,30 @@ def test_convolutional_backbones(source: str, extra: dict[str, tuple[int, ...]])
     weights[norms[0].replace("bias", "weight")] *= 2
     with pytest.raises(convert.ConversionError, match="is not one everywhere"):
       convert.load_reference(again, weights)
+
+
+@pytest.mark.parametrize("source", ["slowfast_detector", "slowfast_detector_pytorchvideo"])
+def test_slowfast_detectors(source: str, tmp_path: Path) -> None:
+  """A whole detector predicts as it is; asked for as a backbone, it is a start for other ones."""
+
+  def make(context: str) -> SpatioTemporalContext:
+    return SpatioTemporalContext(variant="tiny", context=context, rngs=nnx.Rngs(0))
+
+  model = shuffled(make("none"))
+  weights = {name: np.ascontiguousarray(value) for name, value in published(model, source).items()}
+  weights["s1_fuse.bn.num_batches_tracked"] = np.zeros((), np.int64)
+  save_file(weights, tmp_path / "detector.safetensors")
+  report = convert.convert(tmp_path / "detector.safetensors", tmp_path / "detector")
+  assert report.source == source and report.named("skipped") == ["s1_fuse.bn.num_batches_tracked"]
+  loaded = checkpoint.load_model(tmp_path / "detector")
+  assert loaded.info["clip"]["num_frames"] == 32 and loaded.info["model"]["num_classes"] == 80
+  assert_same(model, loaded.model)
+
+  spatial = make("spatial")
+  with pytest.raises(convert.ConversionError, match="the model is another one"):
+    convert.load_reference(spatial, weights)
+  convert.load_reference(spatial, weights, source=source.replace("_detector", ""))
+  assert_same(model.backbone, spatial.backbone)
 
 
 def test_converted_statistics(tmp_path: Path) -> None:

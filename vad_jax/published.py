@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vad_jax.backbones import hiera, i3d, mvit, slowfast, vit
-from vad_jax.models import evad
+from vad_jax.models import evad, st_context
 
 Name = str | tuple[str, ...]  # several published tensors are stacked along their first axis
 NameRules = Sequence[tuple[str, Name | Callable[[re.Match[str]], Name]]]
@@ -119,6 +119,16 @@ _SLOWFAST = Source(
   prefix=r"((module|model|backbone)\.)*",
   skip={r"head\.projection\.(weight|bias)": _REGIONS, **_COUNTERS},
 )
+_SLOWFAST_DETECTOR = _SLOWFAST._replace(
+  title="SlowFast detector of PySlowFast, trained on AVA",
+  marks=(*_SLOWFAST.marks, r"head\.projection\.bias \(80,\)"),
+  names=st_context.REFERENCE_NAMES,
+  builds="st_context",
+  arguments=st_context.reference_arguments,
+  prefix=r"((module|model)\.)*",
+  skip=_COUNTERS,
+  info={"clip": {"num_frames": 32, "frame_stride": 2, "fps": 30.0}, "canvas": (256, 480), "short_side": 256},
+)
 
 # A file is of the first kind whose marks it has.
 SOURCES = {
@@ -185,8 +195,14 @@ SOURCES = {
     ones=r".*\.bn\.weight",
     channels_last=False,
   ),
+  "slowfast_detector": _SLOWFAST_DETECTOR,
+  "slowfast_detector_pytorchvideo": _SLOWFAST_DETECTOR._replace(
+    title="SlowFast detector of PyTorchVideo, trained on AVA",
+    marks=(r"blocks\.0\.multipathway_blocks\.1\.conv\.weight .*", r"detection_head\.proj\.bias \(80,\)"),
+    names=st_context.PYTORCHVIDEO_NAMES,
+  ),
   "slowfast_pytorchvideo": _SLOWFAST._replace(
-    title="SlowFast detector of PyTorchVideo",
+    title="SlowFast of PyTorchVideo",
     marks=(r"blocks\.0\.multipathway_blocks\.1\.conv\.weight .*",),
     names=slowfast.PYTORCHVIDEO_NAMES,
     prefix=r"(model\.)?",

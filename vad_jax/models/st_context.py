@@ -26,7 +26,7 @@ No code was ever published. What the paper leaves open is decided here:
 In padded frames nobody attends to cells of padding, and averages over space leave them out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -338,8 +338,28 @@ def proposal_labels(proposals: Array, boxes: Array, labels: Array, mask: Array) 
 
 # --- Published weights ----------------------------------------------------------------------------------------------
 
-# (our path, name of PySlowFast's detector), for context="none".
-REFERENCE_NAMES = (
-  *((rf"backbone\.{ours}", theirs) for ours, theirs in slowfast.REFERENCE_NAMES),
-  (r"classifier\.(.*)", r"head.projection.\1"),
-)
+
+def _names(backbone: Iterable[tuple[str, Any]], classifier: str) -> tuple[tuple[str, Any], ...]:
+  return (
+    *((rf"backbone\.{ours}", theirs) for ours, theirs in backbone),
+    (r"classifier\.(weight|bias)", classifier),
+  )
+
+
+# (our path, published name), see vad_jax.convert, for context="none". PySlowFast's detector, and PyTorchVideo's:
+REFERENCE_NAMES = _names(slowfast.REFERENCE_NAMES, r"head.projection.\1")
+PYTORCHVIDEO_NAMES = _names(slowfast.PYTORCHVIDEO_NAMES, r"detection_head.proj.\1")
+
+
+def reference_arguments(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+  """Arguments of the constructor for a published detector, from the shapes of its tensors.
+
+  Raises:
+    ValueError: no variant has these sizes.
+  """
+  wanted = slowfast.reference_arguments(shapes)
+  fitting = [name for name, sizes in VARIANTS.items() if sizes.backbone == wanted]
+  if not fitting:
+    raise ValueError(f"no variant of st_context has a backbone of {wanted}")
+  (num_classes,) = shapes.get("head.projection.bias") or shapes["detection_head.proj.bias"]
+  return {"variant": fitting[0], "context": "none", "num_classes": num_classes}
