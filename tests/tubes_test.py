@@ -286,3 +286,35 @@ def test_ground_truth_lines_of_two_classes(tmp_path):
 def test_positions():
   assert positions(np.array([3, 1, 3, 3, 1])).tolist() == [0, 0, 1, 2, 1]
   assert positions(np.empty(0, np.int64)).tolist() == []
+
+
+def test_people_with_several_actions_become_tubes(tmp_path):
+  """Frames count from 1 then; what goes on is one tube, what is done again another one."""
+  labels = [(14, 0, 2), (79, 2, 4), (14, 4, 5), (79, 4, 5)]
+  person = {
+    "boxes": [[frame, 0.1 * frame, 0.5, 0.5, 1] for frame in range(5)],
+    "labels": [{"id": k, "start_frame": a, "end_frame": b} for k, a, b in labels],
+  }
+  video = {"fps": 25, "num_frames": 6, "size": [50, 100], "tubes": [person]}
+  path = tmp_path / "val_tubes.json"
+  path.write_text(json.dumps({"a": video}))
+  truth = tubes.read_person_tubes([None, path], {79: "talk", 14: "walk"})
+  assert (truth.labels, truth.splits) == (["walk", "talk"], [([], ["a"])])
+  assert truth.videos["a"][:2] == (6, (50, 100)) and truth.videos["a"].fps == 25
+  assert [(tube.label, tube.boxes[:, 0].tolist()) for tube in truth.videos["a"].tubes] == [
+    (0, [1, 2]),
+    (0, [5]),
+    (1, [3, 4, 5]),
+  ]
+  np.testing.assert_allclose(truth.videos["a"].tubes[2].boxes[0], [3, 20, 25, 50, 50])
+
+  tubes.write_ground_truth(tmp_path / "truth.json", truth)
+  again = tubes.read_ground_truth(tmp_path / "truth.json")
+  assert again._replace(videos={}) == truth._replace(videos={})
+  for tube, expected in zip(again.videos["a"].tubes, truth.videos["a"].tubes, strict=True):
+    assert tube.label == expected.label
+    np.testing.assert_array_equal(tube.boxes, expected.boxes)
+
+  path.write_text(json.dumps({"a": {**video, "tubes": [{**person, "labels": [{"id": 14}]}]}}))
+  with pytest.raises(AnnotationError, match=r"val_tubes\.json: the key 'start_frame' is missing"):
+    tubes.read_person_tubes([None, path], {14: "walk"})

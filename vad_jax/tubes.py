@@ -8,7 +8,8 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,6 +140,78 @@ def read_detections(path: PathLike, num_classes: int) -> TubeDetections:
   return detections
 
 
+def read_person_tubes(paths: Sequence[PathLike | None], label_map: dict[int, str]) -> TubeGroundTruth:
+  """Reads where people are and what they do, as rendered sets tell it: one file for each split.
+
+  A file holds ``{video: {"fps": f, "num_frames": n, "size": [height, width], "tubes": [{"boxes": [[frame, x1, y1, x2,
+  y2]], "labels": [{"id": class id, "start_frame": a, "end_frame": b}]}]}}``. Its frames count from 0, an action ends
+  before its last one, and boxes are in [0, 1]. What a person goes on doing is one tube, whatever else changes.
+
+  Args:
+    paths: of the training and of the test videos; None for a split that is not there.
+    label_map: class id to name; labels are the places in the sorted ids.
+
+  Raises:
+    AnnotationError: something is missing or malformed; names the file and the place in it.
+  """
+  label = {class_id: index for index, class_id in enumerate(sorted(label_map))}
+  videos: dict[str, Video] = {}
+  names: list[list[str]] = []
+  for path in paths:
+    try:
+      content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+      names.append(list(content))
+      for name, video in content.items():
+        height, width = video["size"]
+        tubes = []
+        for person in video["tubes"]:
+          boxes = np.array(person["boxes"], np.float64).reshape(-1, 5) * (1, width, height, width, height)
+          boxes[:, 0] += 1
+          for class_id, begin, end in _spans(person["labels"]):
+            shown = boxes[(boxes[:, 0] > begin) & (boxes[:, 0] <= end)]
+            if len(shown):
+              tubes.append(_tube(label[class_id], shown, f"{path}: {name}"))
+        videos[name] = Video(int(video["num_frames"]), (height, width), tubes, float(video["fps"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+      if isinstance(error, AnnotationError):
+        raise
+      raise _unexpected(path or "", error, "fps, num_frames, size and tubes with boxes and labels") from None
+  return TubeGroundTruth([label_map[class_id] for class_id in label], videos, [(names[0], names[1])])
+
+
+def _spans(labels: list[dict[str, int]]) -> list[tuple[int, int, int]]:
+  """Class id, first and end frame of what is done without a break."""
+  spans: list[tuple[int, int, int]] = []
+  for class_id, begin, end in sorted((label["id"], label["start_frame"], label["end_frame"]) for label in labels):
+    if spans and spans[-1][0] == class_id and begin <= spans[-1][2]:
+      begin, end = spans[-1][1], max(end, spans.pop()[2])
+    spans.append((class_id, begin, end))
+  return spans
+
+
+def write_ground_truth(path: PathLike, truth: TubeGroundTruth) -> None:
+  """Writes annotations as the JSON that `read_ground_truth` reads; nothing is rounded."""
+  Path(path).write_text(json.dumps(ground_truth_json(truth), separators=(",", ":")), encoding="utf-8")
+
+
+def ground_truth_json(truth: TubeGroundTruth) -> dict[str, Any]:
+  """Annotations in the form of that JSON."""
+  return {
+    "labels": truth.labels,
+    "train_videos": [train for train, _ in truth.splits],
+    "test_videos": [test for _, test in truth.splits],
+    "videos": {
+      name: {
+        "nframes": video.num_frames,
+        "resolution": video.size,
+        "fps": video.fps,
+        "tubes": [{"label": tube.label, "boxes": tube.boxes.tolist()} for tube in video.tubes],
+      }
+      for name, video in truth.videos.items()
+    },
+  }
+
+
 def write_detections(path: PathLike, detections: TubeDetections) -> None:
   """Writes detections as a compressed npz with the columns of `TubeDetections` as arrays; nothing is rounded."""
   videos, video, frame, boxes, actor, scores = detections
@@ -261,9 +334,11 @@ def _splits(names: list) -> list[list[str]]:
   return [names] if not names or isinstance(names[0], str) else [list(split) for split in names]
 
 
-def _unexpected(path: PathLike, error: Exception) -> AnnotationError:
+def _unexpected(
+  path: PathLike, error: Exception, expected: str = "labels, test_videos and the tubes of every video"
+) -> AnnotationError:
   what = f"the key {error} is missing" if isinstance(error, KeyError) else f"unexpected content ({error})"
-  return AnnotationError(f"{path}: {what}; expected labels, test_videos and the tubes of every video")
+  return AnnotationError(f"{path}: {what}; expected {expected}")
 
 
 def _detections_of_query_csv(path: PathLike, num_classes: int, header: str) -> TubeDetections:

@@ -66,8 +66,27 @@ def test_boxes_lie_on_their_frames(dataset):
   np.testing.assert_array_equal(second["box_mask"].T, [[1, 1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1, 0, 0]])
   expected = np.array([8 + 9, 0, 24 + 9, 24]) / [80, 48, 80, 48]
   np.testing.assert_allclose(second["boxes"][1, 0], expected, atol=1e-6)
-  np.testing.assert_array_equal(second["labels"], [[0, 1], [0, 1]])
+  np.testing.assert_array_equal(second["labels"], second["box_mask"][..., None] * [0, 1])
   np.testing.assert_array_equal(dataset.clips[2].frames[:6], np.arange(8, 14))
+
+
+def test_actions_of_a_person_are_one_target(frames):
+  """Tubes that agree wherever they meet are one person's; those that agree in one frame alone are not."""
+  boxes = tube(0, 1, 13).boxes
+  crossing = boxes.copy()
+  crossing[:6, 1] -= 4
+  crossing[7:, 1] += 4
+  tubes = [Tube(1, boxes[:5]), Tube(0, boxes), Tube(2, boxes[5:]), Tube(1, crossing)]
+  video = Video(13, SIZE, tubes, 12.5)
+  dataset = TubeDataset(TubeGroundTruth(list("abc"), {"long": video}, [([], ["long"])]), ["long"], frames, CLIP)
+  first, second = dataset[0], dataset[1]
+  assert dataset.num_boxes(0) == (2, 0)
+  # The clips start with frame 0, which fills up, and with frame 8.
+  np.testing.assert_array_equal(first["labels"][:, 0], [[0] * 3, *[[1, 1, 0]] * 5, *[[1, 0, 1]] * 2])
+  np.testing.assert_array_equal(first["labels"][:, 1], [[0] * 3, *[[0, 1, 0]] * 7])
+  np.testing.assert_array_equal(second["labels"][:6, 0], [[1, 0, 1]] * 6)
+  (batch,) = eval_batches(dataset, batch_size=2, **PLACE)
+  np.testing.assert_array_equal(batch["labels"][0, :, :2], first["labels"])
 
 
 def test_batches_have_targets_in_every_frame(dataset):

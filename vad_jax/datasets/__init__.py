@@ -15,6 +15,7 @@ import numpy as np
 if TYPE_CHECKING:  # so that reading a video does not need all that preparing a set does
   from vad_jax.annotations import Rows
   from vad_jax.datasets.loader import ClipSpec, KeyframeDataset
+  from vad_jax.tubes import TubeGroundTruth
 
 SPLITS = ("train", "val")
 # Folder of the records of both splits, where they share videos.
@@ -52,6 +53,7 @@ def load_synthetic(
   seed: int = 0,
   clip: ClipSpec | None = None,
   reader: Literal["records", "video"] = "records",
+  tubes: bool = False,
   oracle: bool = False,
   workers: int | None = None,
 ) -> dict[str, KeyframeDataset]:
@@ -72,7 +74,7 @@ def load_synthetic(
     seed=seed,
     workers=workers,
   )
-  return open_directory(directory, clip=clip, reader=reader, oracle=oracle, workers=workers)
+  return open_directory(directory, clip=clip, reader=reader, tubes=tubes, oracle=oracle, workers=workers)
 
 
 def load_ava(root: Path, **kwargs: Any) -> dict[str, KeyframeDataset]:
@@ -136,14 +138,15 @@ def open_directory(
     raise ValueError(f"reader {reader!r}: expected 'records' or 'video'")
   if oracle and proposal_threshold is not None:
     raise ValueError("given boxes are either annotated ones (oracle) or detected ones (proposal_threshold)")
+  if tubes and (oracle or proposal_threshold is not None):
+    raise ValueError("tubes come without given boxes: leave oracle and proposal_threshold out")
   from vad_jax import annotations
   from vad_jax.datasets import loader, proposals, records
   from vad_jax.datasets.tube_clips import TubeDataset
-  from vad_jax.tubes import read_ground_truth
 
   folder = directory / annotation_dir
   label_map = annotations.read_label_map(folder / "label_map.pbtxt")
-  truth = read_ground_truth(directory / "annotations" / "tubes.json") if tubes else None
+  truth = _read_tubes(directory, folder, label_map) if tubes else None
   clip = clip or loader.ClipSpec()
   datasets: dict[str, Any] = {}
   for split in SPLITS:
@@ -173,6 +176,17 @@ def open_directory(
   if not datasets:
     raise FileNotFoundError(f"{folder}: neither train.csv nor val.csv")
   return datasets
+
+
+def _read_tubes(directory: Path, folder: Path, label_map: dict[int, str]) -> TubeGroundTruth:
+  """The tubes of a set: one file of all, or one of people for each split."""
+  from vad_jax.tubes import read_ground_truth, read_person_tubes
+
+  every = directory / "annotations" / "tubes.json"
+  of_people = [path if path.is_file() else None for path in (folder / f"{split}_tubes.json" for split in SPLITS)]
+  if every.is_file() or not any(of_people):
+    return read_ground_truth(every)
+  return read_person_tubes(of_people, label_map)
 
 
 def _without(rows: Rows, keyframes: set[tuple[str, float]]) -> Rows:

@@ -1,9 +1,9 @@
 """Augmentation of a clip with its boxes, and its placement on a canvas of static size. Numpy and OpenCV only.
 
 An example is a dict with ``video`` ``[T, H, W, 3]`` uint8 RGB, ``boxes`` ``[n, 4]`` float32 xyxy in [0, 1], ``labels``
-``[n, K]`` and ``box_mask`` ``[n]``, which is False for boxes that are none; tubes have ``boxes`` ``[T, n, 4]`` and
-``box_mask`` ``[T, n]``. It may have ``proposals`` ``[p, 4]`` with their ``proposal_mask`` ``[p]``; whatever else it
-holds is passed on. All frames of a clip are changed alike. No function changes its input.
+``[n, K]`` and ``box_mask`` ``[n]``, which is False for boxes that are none; tubes have ``boxes`` ``[T, n, 4]``,
+``labels`` ``[T, n, K]`` and ``box_mask`` ``[T, n]``. It may have ``proposals`` ``[p, 4]`` with their ``proposal_mask``
+``[p]``; whatever else it holds is passed on. All frames of a clip are changed alike. No function changes its input.
 """
 
 import dataclasses

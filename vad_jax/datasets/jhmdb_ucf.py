@@ -173,17 +173,7 @@ def _video_rows(path: Path, name: str, video: Video, fps: float, with_empty: boo
 
 def _tubes_json(truth: TubeGroundTruth, found: dict[str, _Found]) -> dict[str, Any]:
   """The form of `tubes.read_ground_truth` that is text."""
-  return {
-    "labels": truth.labels,
-    "train_videos": [train for train, _ in truth.splits],
-    "test_videos": [test for _, test in truth.splits],
-    "videos": {
-      name: {
-        "nframes": video.num_frames,
-        "resolution": video.size,
-        "fps": found[name].fps if name in found else None,
-        "tubes": [{"label": tube.label, "boxes": tube.boxes.tolist()} for tube in video.tubes],
-      }
-      for name, video in truth.videos.items()
-    },
+  videos = {
+    name: video._replace(fps=found[name].fps if name in found else None) for name, video in truth.videos.items()
   }
+  return tubes.ground_truth_json(truth._replace(videos=videos))

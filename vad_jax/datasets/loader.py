@@ -381,7 +381,7 @@ class _Rows:
     kept = self._kept_boxes(example)
     mask = example["box_mask"][..., kept]
     row["boxes"][..., : len(kept), :] = example["boxes"][..., kept, :] * mask[..., None]
-    row["labels"][..., : len(kept), :] = example["labels"][kept] * mask[..., None]
+    row["labels"][..., : len(kept), :] = example["labels"][..., kept, :] * mask[..., None]
     row["box_mask"][..., : len(kept)] = mask
     if self._max_proposals:
       kept = np.flatnonzero(example["proposal_mask"])[: self._max_proposals]

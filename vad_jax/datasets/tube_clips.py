@@ -1,5 +1,7 @@
 """Whole videos with their tubes, cut into clips of consecutive frames: targets in every frame.
 
+A tube is one action of one person. Tubes that lie on each other become one target, whose labels change with the frame.
+
 A video is cut into as few clips as hold it; the first and the last frame are repeated to fill them up, by halves before
 and after. (For videos of a multiple of the clip length the class-query code starts half a clip early and never sees the
 other half of the last clip; here they need no filling.)
@@ -14,7 +16,7 @@ import numpy as np
 
 from vad_jax.datasets.augment import Example
 from vad_jax.datasets.loader import ClipSpec, FrameSource, clip_boxes
-from vad_jax.tubes import Tube, TubeGroundTruth, Video
+from vad_jax.tubes import Tube, TubeGroundTruth
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class TubeDataset:
     self.clips = [
       TubeClip(name, numbers) for name in there for numbers in cut(truth.videos[name].num_frames, clip.num_frames)
     ]
+    self._people = {name: _people(truth.videos[name].tubes) for name in there}
 
   def __len__(self) -> int:
     return len(self.clips)
@@ -88,21 +91,24 @@ class TubeDataset:
     return self.example(index)
 
   def example(self, index: int, short_side: float = math.inf) -> Example:
-    """Frames and tubes of one clip; `boxes` are ``[T, n, 4]``. See `loader.ClipDataset`."""
+    """Frames and people of one clip: `boxes` are ``[T, n, 4]``, `labels` ``[T, n, K]``. See `loader.ClipDataset`."""
     name, numbers = self.clips[index]
     video = self.truth.videos[name]
     shown = numbers.clip(1, video.num_frames)
-    tubes = _shown(video, numbers)
-    boxes = np.zeros((len(numbers), len(tubes), 4), np.float32)
-    mask = np.zeros((len(numbers), len(tubes)), bool)
+    people = self._shown(index)
+    boxes = np.zeros((len(numbers), len(people), 4), np.float32)
+    labels = np.zeros((len(numbers), len(people), self.num_classes), np.float32)
+    mask = np.zeros((len(numbers), len(people)), bool)
     height, width = video.size or (0, 0)
-    for slot, tube in enumerate(tubes):
-      rows = tube.boxes[:, 0].astype(np.int64) - numbers[0]
-      boxes[rows, slot], mask[rows, slot] = clip_boxes(tube.boxes[:, 1:] / (width, height, width, height))
+    for slot, tubes in enumerate(people):
+      for label, table in tubes:
+        rows = table[:, 0].astype(np.int64) - numbers[0]
+        boxes[rows, slot], mask[rows, slot] = clip_boxes(table[:, 1:] / (width, height, width, height))
+        labels[rows, slot, label] = 1
     return {
       "video": self.frames.frames(name, (shown - 1) / video.fps, short_side),
       "boxes": boxes,
-      "labels": np.eye(self.num_classes, dtype=np.float32)[[tube.label for tube in tubes]],
+      "labels": labels,
       "box_mask": mask,
       "key": index,
     }
@@ -112,9 +118,18 @@ class TubeDataset:
     return self.clips[index].video, 0.0
 
   def num_boxes(self, index: int) -> tuple[int, int]:
-    """How many tubes a clip has, and no proposals."""
+    """How many people a clip has, and no proposals."""
+    return len(self._shown(index)), 0
+
+  def _shown(self, index: int) -> list[list[Tube]]:
+    """The people of a clip: for each the parts of its tubes that are in the clip."""
     name, numbers = self.clips[index]
-    return len(_shown(self.truth.videos[name], numbers)), 0
+    people: dict[int, list[Tube]] = {}
+    for person, (label, boxes) in zip(self._people[name], self.truth.videos[name].tubes, strict=True):
+      here = boxes[(boxes[:, 0] >= numbers[0]) & (boxes[:, 0] <= numbers[-1])]
+      if len(here):
+        people.setdefault(person, []).append(Tube(label, here))
+    return list(people.values())
 
 
 def cut(num_frames: int, length: int) -> list[np.ndarray]:
@@ -129,11 +144,20 @@ def cut(num_frames: int, length: int) -> list[np.ndarray]:
   return [np.arange(length) + (1 - before + start) for start in range(0, count * length, length)]
 
 
-def _shown(video: Video, numbers: np.ndarray) -> list[Tube]:
-  """The parts of tubes that some frames hold."""
-  parts = []
-  for label, boxes in video.tubes:
-    here = boxes[(boxes[:, 0] >= numbers[0]) & (boxes[:, 0] <= numbers[-1])]
-    if len(here):
-      parts.append(Tube(label, here))
-  return parts
+def _people(tubes: list[Tube]) -> list[int]:
+  """Number of the person of each tube; tubes of one person have the same boxes in all frames that they share."""
+  people: list[dict[float, list[float]]] = []  # frame to box
+  numbers = [0] * len(tubes)
+  for index in sorted(range(len(tubes)), key=lambda index: -len(tubes[index].boxes)):
+    boxes = {frame: box for frame, *box in tubes[index].boxes.tolist()}
+    number = next((number for number, known in enumerate(people) if _agree(boxes, known)), len(people))
+    if number == len(people):
+      people.append({})
+    people[number] |= boxes
+    numbers[index] = number
+  return numbers
+
+
+def _agree(boxes: dict[float, list[float]], known: dict[float, list[float]]) -> bool:
+  common = boxes.keys() & known.keys()
+  return bool(common) and all(boxes[frame] == known[frame] for frame in common)
