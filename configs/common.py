@@ -56,10 +56,12 @@ def base() -> Config:
   config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that are left
   config.sharding = "replicate"  # or "fsdp"
 
-  # protocol: how AVA's evaluators differ, see vad_jax.metrics.protocols.
-  # score: "product" of actor and action, or "action" alone; persons below actor_threshold say nothing then.
-  config.eval = ConfigDict({"every_epochs": 1.0, "protocol": "activitynet", "score": "product"})
-  config.eval.update({"actor_threshold": 0.0, "score_threshold": 0.0})
+  # protocol: of keyframes activitynet (default), slowfast or mmaction2, see vad_jax.metrics.protocols; of tubes
+  # class_query (default), act or multisports, see vad_jax.metrics.video_map.
+  # score: "product" of actor and action, or "action" alone; persons below actor_threshold say nothing then. These and
+  # score_threshold are for keyframes: the scores of tubes are final, and all of them count.
+  config.eval = ConfigDict({"every_epochs": 1.0, "score": "product", "actor_threshold": 0.0, "score_threshold": 0.0})
+  config.eval.protocol = config_dict.placeholder(str)
   config.eval.canvas = config_dict.placeholder(tuple)  # where it is another one than in training, with its short side
   config.eval.short_side = config_dict.placeholder(int)
   config.log = ConfigDict({"every_steps": 50})

@@ -33,7 +33,9 @@ ALLOWED = {
   "evaluate": {"sharding", "metrics"},
   "doctor": {"metrics"},
   "person_boxes": {"datasets", "ops"},
-  "predict": {"checkpoint", "datasets", "ops", "person_boxes", "visualize"},
+  "detect": {"datasets", "person_boxes"},
+  "predictions": {"datasets", "person_boxes", "visualize"},
+  "predict": {"checkpoint", "datasets", "detect", "metrics", "ops", "person_boxes", "predictions", "visualize"},
   "main": {
     *("checkpoint", "convert", "datasets", "evaluate", "metrics", "models", "optim", "predict", "sharding", "train"),
     *("person_boxes", "visualize"),
@@ -47,7 +49,7 @@ KEPT_IN = {
   "orbax": {"checkpoint"},
   "grain": {"datasets/loader"},
   "torch": {"convert"},
-  "av": {"datasets/video", "predict"},
+  "av": {"datasets/video", "predictions"},
   "configs": set(),
   "data": set(),
 }

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from configs import quickstart
 from tests import stand_in
 from vad_jax import annotations, checkpoint, main, models, sharding, train
+from vad_jax.metrics import score
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +79,64 @@ def test_train_and_evaluate(config: ConfigDict, tmp_path: Path, capsys: Any) -> 
   config.batch_size, config.augment.flip = 1, 0.25
   with pytest.raises(ValueError, match=r"augment.flip \(0.5 before, 0.25 now\); batch_size \(2 before, 1 now\)"):
     run(config, workdir)
+
+
+@pytest.fixture
+def tube_config(config: ConfigDict) -> ConfigDict:
+  config.data.tubes, config.data.seconds = True, 2
+  config.clip = ConfigDict({"num_frames": 16, "frame_stride": 1, "fps": 25.0})
+  config.model.tubes = True
+  config.eval.every_epochs = 0.5
+  config.matcher = "scipy"  # compiles sooner
+  return config
+
+
+def test_tubes(tube_config: ConfigDict, tmp_path: Path, capsys: Any) -> None:
+  """Training is stopped, goes on, is evaluated; the files that it leaves give the same numbers elsewhere."""
+  tube_config.num_steps = 2
+  assert run(tube_config, tmp_path, "train") == ""
+  (tmp_path / "config.json").write_text(
+    (tmp_path / "config.json").read_text().replace('"num_steps": 2', '"num_steps": 4')
+  )
+  tube_config.num_steps = 4
+  capsys.readouterr()
+  assert run(tube_config, tmp_path) == ""
+  output = capsys.readouterr()
+  assert "resumed from step 2" in output.err
+  numbers = json.loads((tmp_path / "metrics.json").read_text())
+  means = ["frame_map_50", "video_map_20", "video_map_50", "video_map_75", "video_map_50_95"]
+  assert all(0 <= numbers[name] <= 1 for name in means)
+  assert numbers["step"] in (2, 4) and numbers["ap"].keys() <= numbers["video_ap"].keys()
+  best = checkpoint.load_model(tmp_path).info
+  assert best["metrics"]["frame_map_50"] == numbers["frame_map_50"]
+
+  (command,) = (line for line in output.out.splitlines() if "scored again by" in line)
+  for protocol, arguments in (("class_query", command.split("vad_jax.evaluate ")[1].split()), ("act", None)):
+    if arguments is None:
+      tube_config.eval.protocol = "act"
+      assert run(tube_config, tmp_path, "evaluate") == ""
+      numbers = json.loads((tmp_path / "metrics.json").read_text())
+      arguments = [f"--detections={tmp_path}/detections.npz", f"--ground-truth={tmp_path}/ground_truth.json"]
+      arguments.append("--protocol=act")
+    assert score.main([*arguments, "--json", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["protocol"] == protocol
+    for name, of in zip(
+      means, ["frame-mAP@0.5", *(f"video-mAP@{iou}" for iou in ("0.2", "0.5", "0.75", "0.5:0.95"))], strict=True
+    ):
+      assert again["summary"][of] == numbers[name]
+  page = (tmp_path / "report.html").read_text()
+  assert "video-mAP@0.5:0.95" in page and "data:video/mp4" in page and "bend/bow" in page
+
+
+def test_tubes_ask_for_their_own_settings(tube_config: ConfigDict, tmp_path: Path) -> None:
+  tube_config.eval.protocol = "slowfast"
+  with pytest.raises(ValueError, match=r"config\.eval\.protocol 'slowfast': of tubes act, class_query, multisports"):
+    run(tube_config, tmp_path)
+  tube_config.eval.protocol, tube_config.eval.actor_threshold = "act", 0.5
+  with pytest.raises(ValueError, match=r"actor_threshold and \.score_threshold are for keyframes"):
+    run(tube_config, tmp_path)
+  assert not (tmp_path / "config.json").exists()
 
 
 def test_train_alone_does_not_evaluate(config: ConfigDict, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vad_jax import annotations, checkpoint, models, predict
+from vad_jax import annotations, checkpoint, detect, models, predict
 from vad_jax.batch import Detections
 from vad_jax.datasets.augment import place_on_canvas
 from vad_jax.datasets.loader import ClipSpec, KeyframeDataset, VideoFrames, eval_batches
@@ -266,7 +266,7 @@ def test_clips_equal_a_search_over_all_frames():
     (None, np.zeros(1)),
   ]:
     frames = ((time, np.array(index)) for index, time in enumerate(times))
-    found = list(predict.clips(frames, offsets, stride))
+    found = list(detect.clips(frames, offsets, stride))
     keyframes = times if stride is None else np.arange(int(times[-1] / stride) + 1) * stride
     np.testing.assert_allclose([time for time, _ in found], keyframes)
     for time, clip in found:
@@ -289,7 +289,7 @@ def test_memory_does_not_grow_with_length():
       most = max(most, len(alive))
       yield index / 30, frame
 
-  for _ in predict.clips(stream(), np.arange(-8, 8) * 4 / 30, 1.0):
+  for _ in detect.clips(stream(), np.arange(-8, 8) * 4 / 30, 1.0):
     pass
   assert 0 < most < 120  # the clip's two seconds and what comes before its keyframe
 
@@ -305,12 +305,12 @@ def test_memory_does_not_grow_with_length():
   ],
 )
 def test_video_canvas(size, canvas, placed):
-  assert predict.video_canvas(size, 224, (256, 448)) == canvas
+  assert detect.video_canvas(size, 224, (256, 448)) == canvas
   assert place_on_canvas(np.zeros((1, *size, 3), np.uint8), canvas, 224)[1] == placed
 
 
 def test_stretched_frames_have_the_canvas_of_training():
-  assert predict.video_canvas((90, 160), None, (64, 96)) == (64, 96)
+  assert detect.video_canvas((90, 160), None, (64, 96)) == (64, 96)
 
 
 def keyframe(time, *boxes):

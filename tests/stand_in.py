@@ -26,9 +26,10 @@ INFO = {
 
 
 class StandIn(nnx.Module):
-  """Mean of the video in four quarters, one box and one set of actions for each."""
+  """Mean of the video in four quarters, one box and one set of actions for each; with tubes for each in every frame."""
 
-  def __init__(self, *, width: int = 256, num_classes: int = NUM_CLASSES, rngs: nnx.Rngs):
+  def __init__(self, *, width: int = 256, num_classes: int = NUM_CLASSES, tubes: bool = False, rngs: nnx.Rngs):
+    self.tubes = tubes
     self.embed = nnx.Linear(3, width, rngs=rngs)
     self.hidden = nnx.Linear(width, width, rngs=rngs)
     self.parts = nnx.List([nnx.Linear(width, size, rngs=rngs) for size in (4, 1, num_classes)])
@@ -38,20 +39,20 @@ class StandIn(nnx.Module):
   def __call__(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> dict[str, Any]:
     video = jnp.asarray(batch["video"], jnp.float32) / 255
     quarters = [half for part in jnp.split(video, 2, 2) for half in jnp.split(part, 2, 3)]
-    x = jnp.stack([quarter.mean((1, 2, 3)) for quarter in quarters], 1)  # [B, 4, 3]
+    x = jnp.stack([quarter.mean((2, 3) if self.tubes else (1, 2, 3)) for quarter in quarters], -2)  # [B, (T,) 4, 3]
     if rngs is not None:
-      self.seen[...] = 0.9 * self.seen[...] + 0.1 * x.mean((0, 1))
+      self.seen[...] = 0.9 * self.seen[...] + 0.1 * x.reshape(-1, 3).mean(0)
     x = self.dropout(nnx.relu(self.hidden(nnx.relu(self.embed(x)))), rngs=rngs)
     boxes, actor, action = (part(x) for part in self.parts)
     return {"boxes": nnx.sigmoid(boxes), "actor": actor[..., 0], "action": action}
 
   def costs(self, out: dict[str, Any], batch: Batch) -> jax.Array:
-    return jnp.abs(out["boxes"][:, :, None] - batch["boxes"][:, None]).sum(-1)
+    return jnp.abs(out["boxes"][..., None, :] - batch["boxes"][..., None, :, :]).sum(-1)
 
   def loss(self, out: dict[str, Any], batch: Batch, match: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     count = jnp.maximum(batch["box_mask"].sum(), 1)
     box = (self.costs(out, batch) * match).sum() / count
-    wrong = jnp.abs(out["action"][:, :, None] - batch["labels"][:, None]).sum(-1)
+    wrong = jnp.abs(out["action"][..., None, :] - batch["labels"][..., None, :, :]).sum(-1)
     action = (wrong * match).sum() / count
     actor = jnp.square(out["actor"] - match.any(-1)).mean()
     return box + action + actor, {"loss_box": box, "loss_action": action, "loss_actor": actor}
@@ -59,7 +60,7 @@ class StandIn(nnx.Module):
   def detections(self, out: dict[str, Any], batch: Batch) -> Detections:
     low, high = jnp.split(out["boxes"], 2, -1)
     boxes = jnp.concatenate([jnp.minimum(low, high), jnp.maximum(low, high)], -1)
-    valid = jnp.ones(boxes.shape[:2], bool)
+    valid = jnp.ones((boxes.shape[0], boxes.shape[-2]), bool)
     return Detections(boxes, nnx.sigmoid(out["actor"]), nnx.sigmoid(out["action"]), valid)
 
 

@@ -18,9 +18,20 @@ from vad_jax.annotations import Keyframe, Rows
 from vad_jax.batch import Batch, Detections
 from vad_jax.metrics import score as score_files
 from vad_jax.metrics.frame_map import FrameMap, frame_map, person_ap
+from vad_jax.metrics.video_map import Dataset, VideoMap, video_map
+from vad_jax.metrics.video_map import Protocol as TubeProtocol
+from vad_jax.tubes import TubeDetections, TubeGroundTruth
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
+
+_TUBE_METRICS = {
+  "frame_map_50": "frame-mAP@0.5",
+  "video_map_20": "video-mAP@0.2",
+  "video_map_50": "video-mAP@0.5",
+  "video_map_75": "video-mAP@0.75",
+  "video_map_50_95": "video-mAP@0.5:0.95",
+}
 
 
 class Annotated(Protocol):
@@ -28,6 +39,17 @@ class Annotated(Protocol):
 
   @property
   def keyframes(self) -> Sequence[Keyframe]: ...
+
+  def __len__(self) -> int: ...
+
+
+class Clips(Protocol):
+  """What is asked of a set of tubes: its clips, each a video's name and numbers of frames, in order of time."""
+
+  truth: TubeGroundTruth
+
+  @property
+  def clips(self) -> Sequence[tuple[str, np.ndarray]]: ...
 
   def __len__(self) -> int: ...
 
@@ -48,6 +70,22 @@ class Evaluation(NamedTuple):
   ground_truth: Rows
   detections: Rows
   persons: Rows
+
+
+class TubeEvaluation(NamedTuple):
+  """Scores of tubes, and what they were computed from.
+
+  Attributes:
+    metrics: ``frame_map_50``, ``video_map_20``, ``video_map_50``, ``video_map_75``, ``video_map_50_95``, fractions.
+    video_map: the same by class, and more.
+    ground_truth: the annotations of the videos that were shown; these are its only test videos.
+    detections: one row for each box, in order of videos and frames; boxes in pixels of the annotations.
+  """
+
+  metrics: dict[str, float]
+  video_map: VideoMap
+  ground_truth: TubeGroundTruth
+  detections: TubeDetections
 
 
 def evaluate(
@@ -84,28 +122,9 @@ def evaluate(
   Raises:
     ValueError: the batches did not cover the set exactly once.
   """
-  from jax.experimental import multihost_utils  # not at the top: scoring files needs no JAX
-
-  from vad_jax.sharding import to_global
-
-  found: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-  with progress.bar("evaluate", len(dataset)) as advance:
-    for host_batch in batches:
-      if should_stop is not None and should_stop():
-        return None
-      batch = to_global(host_batch, mesh)
-      # Keys take the same way as the rest, so that rows belong together however processes lie on the mesh.
-      keys, out = multihost_utils.process_allgather((batch["key"], predict_fn(batch)), tiled=True)
-      rows = np.flatnonzero(keys >= 0)
-      for row in rows:
-        if keys[row] in found:
-          raise ValueError(f"evaluation: keyframe {keys[row]} came twice")
-        valid = out.valid[row]
-        boxes, actor, action = (np.asarray(values[row][valid], np.float64) for values in out[:3])
-        found[int(keys[row])] = boxes, actor, action
-      advance(len(rows))
-  if len(found) != len(dataset):
-    raise ValueError(f"evaluation: {len(found)} of {len(dataset)} keyframes came")
+  found = _gather(predict_fn, len(dataset), batches, mesh, should_stop, tubes=False)
+  if found is None:
+    return None
   ground_truth = ground_truth_rows(dataset.keyframes)
   persons, detections = _to_rows(
     dataset.keyframes, found, sorted(label_map), score == "product", actor_threshold, score_threshold
@@ -113,6 +132,111 @@ def evaluate(
   result = frame_map(ground_truth, detections, label_map, iou=0.5, protocol=protocol)
   metrics = {"frame_map_50": result.mean_ap, "person_ap_50": person_ap(ground_truth, persons, iou=0.5)}
   return Evaluation(metrics, result, ground_truth, detections, persons)
+
+
+def evaluate_tubes(
+  predict_fn: Callable[[Batch], Detections],
+  dataset: Clips,
+  batches: Iterable[Batch],
+  *,
+  mesh: "Mesh",
+  protocol: TubeProtocol,
+  rules: Dataset | None = None,
+  should_stop: Callable[[], bool] | None = None,
+) -> TubeEvaluation | None:
+  """Predicts all clips of a set and scores what was found in their frames, those that fill clips up left out.
+
+  Args:
+    predict_fn: from a batch on the devices to detections of tubes, whose action scores are final.
+    dataset: its clips hold every frame of its videos once; keys of batches are their indices.
+    batches: this process's share of the set, each clip once; rows with key -1 are skipped.
+    mesh: the devices that the batches are spread over.
+    protocol: see `vad_jax.metrics.video_map`.
+    rules: the data set whose rules it shall take, for a protocol that has several.
+    should_stop: asked before each batch.
+
+  Returns:
+    The scores, or None where it was told to stop. All processes get the same.
+
+  Raises:
+    ValueError: the batches did not cover the set exactly once, or the system does not detect tubes.
+  """
+  found = _gather(predict_fn, len(dataset), batches, mesh, should_stop, tubes=True)
+  if found is None:
+    return None
+  names = list(dict.fromkeys(video for video, _ in dataset.clips))
+  videos = {name: dataset.truth.videos[name] for name in names}
+  truth = dataset.truth._replace(videos=videos, splits=[([], names)])
+  detections = _to_tubes(dataset, names, found)
+  result = video_map(truth, detections, protocol=protocol, dataset=rules)
+  metrics = {name: result.summary[of] for name, of in _TUBE_METRICS.items()}
+  return TubeEvaluation(metrics, result, truth, detections)
+
+
+def _gather(
+  predict_fn: Callable[[Batch], Detections],
+  count: int,
+  batches: Iterable[Batch],
+  mesh: "Mesh",
+  should_stop: Callable[[], bool] | None,
+  *,
+  tubes: bool,
+) -> dict[int, Detections] | None:
+  """What was found in each example, without its empty slots; None where it was told to stop."""
+  from jax.experimental import multihost_utils  # not at the top: scoring files needs no JAX
+
+  from vad_jax.sharding import to_global
+
+  found: dict[int, Detections] = {}
+  with progress.bar("evaluate", count) as advance:
+    for host_batch in batches:
+      if should_stop is not None and should_stop():
+        return None
+      batch = to_global(host_batch, mesh)
+      # Keys take the same way as the rest, so that rows belong together however processes lie on the mesh.
+      keys, out = multihost_utils.process_allgather((batch["key"], predict_fn(batch)), tiled=True)
+      if (out.boxes.ndim == 4) != tubes:
+        raise ValueError(
+          "evaluation: the system answers for keyframes, the data set is one of tubes: set config.data.tubes=False"
+          if tubes
+          else "evaluation: the system answers for every frame, the data set is one of keyframes: set config.data.tubes"
+        )
+      rows = np.flatnonzero(keys >= 0)
+      for row in rows:
+        if keys[row] in found:
+          raise ValueError(f"evaluation: example {keys[row]} came twice")
+        slots = np.flatnonzero(out.valid[row])
+        found[int(keys[row])] = Detections(
+          *(out.boxes[row][..., slots, :], out.actor_score[row][..., slots], out.action_score[row][..., slots, :]),
+          out.valid[row][slots],
+        )
+      advance(len(rows))
+  if len(found) != count:
+    raise ValueError(f"evaluation: {len(found)} of {count} examples came")
+  return found
+
+
+def _to_tubes(dataset: Clips, names: list[str], found: dict[int, Detections]) -> TubeDetections:
+  """Detections of the frames that clips show, in the order of the clips."""
+  index = {name: number for number, name in enumerate(names)}
+  parts = []
+  for key, (name, numbers) in enumerate(dataset.clips):
+    video = dataset.truth.videos[name]
+    height, width = video.size or (1, 1)
+    shown = (numbers >= 1) & (numbers <= video.num_frames)
+    boxes, actor, action = (values[shown] for values in found[key][:3])
+    frame = np.repeat(numbers[shown], boxes.shape[1])
+    parts.append(
+      (
+        np.full(len(frame), index[name], np.int32),
+        frame.astype(np.int32),
+        boxes.reshape(-1, 1, 4).astype(np.float64) * (width, height, width, height),
+        actor.reshape(-1).astype(np.float64),
+        action.reshape(-1, action.shape[-1]).astype(np.float32),
+      )
+    )
+  columns: list[Any] = [np.concatenate(column) for column in zip(*parts, strict=True)]
+  return TubeDetections(names, *columns)
 
 
 def ground_truth_rows(keyframes: Sequence[Keyframe]) -> Rows:
@@ -129,7 +253,7 @@ def ground_truth_rows(keyframes: Sequence[Keyframe]) -> Rows:
 
 def _to_rows(
   keyframes: Sequence[Keyframe],
-  found: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]],
+  found: dict[int, Detections],
   classes: list[int],
   product: bool,
   actor_threshold: float,
@@ -138,7 +262,7 @@ def _to_rows(
   """Persons and detections, in the order of the keyframes."""
   persons, detections = [], []
   for key in range(len(keyframes)):
-    boxes, actor_score, action_score = found[key]
+    boxes, actor_score, action_score = (np.asarray(values, np.float64) for values in found[key][:3])
     persons.append(_rows(keyframes[key], boxes, np.ones(len(boxes)), actor_score))
     kept = actor_score >= actor_threshold
     if not kept.any():

@@ -3,9 +3,10 @@
     python -m vad_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
 A working directory belongs to one config; a run that was stopped goes on when it is started again. Afterwards
-it holds ``checkpoints/``, TensorBoard logs in ``logs/``, ``metrics.json``, ``detections.csv``,
-``report.html`` and, where the videos of the set lie beside its records, a held-out one with the detections
-drawn in ``videos/``.
+it holds ``checkpoints/``, TensorBoard logs in ``logs/``, ``metrics.json``, ``detections.csv`` (of tubes
+``detections.npz`` and ``ground_truth.json``), ``report.html`` and, where the videos of the set lie beside its
+records, a held-out one with the detections drawn in ``videos/``. The best checkpoint is the one with the highest
+frame-mAP@0.5, of tubes as well.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -32,14 +33,21 @@ from vad_jax import checkpoint, convert, datasets, models, optim, predict, shard
 from vad_jax.annotations import write_ava_csv
 from vad_jax.datasets.augment import Augment
 from vad_jax.datasets.loader import ClipSpec, KeyframeDataset, eval_batches, train_batches
+from vad_jax.datasets.tube_clips import TubeDataset
 from vad_jax.datasets.video import video_files
-from vad_jax.evaluate import Evaluation, evaluate
+from vad_jax.evaluate import Evaluation, TubeEvaluation, evaluate, evaluate_tubes
 from vad_jax.metrics.analysis import analyse
+from vad_jax.metrics.protocols import PROTOCOLS
 from vad_jax.metrics.report import scalars, write_report
+from vad_jax.metrics.tube_report import write_tube_report
+from vad_jax.metrics.video_map import Dataset as Rules
+from vad_jax.metrics.video_map import Protocol as TubeProtocol
 from vad_jax.person_boxes import PersonBoxes
 from vad_jax.train import NonFiniteError, PredictFn, Result, make_predict, train
+from vad_jax.tubes import write_detections, write_ground_truth
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes a type checker cannot know
+Dataset = KeyframeDataset | TubeDataset
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with arguments: configs/evad_vitb.py:tiny")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go")
@@ -101,6 +109,7 @@ def run(config: Config, workdir: Path, mode: str, begun: float) -> str:
   weights = workdir if (workdir / "checkpoints").is_dir() else config.init_from
   if mode == "evaluate" and not weights:
     raise FileNotFoundError(f"workdir {workdir} holds no checkpoints to evaluate; train first, or set config.init_from")
+  _protocol(config)
   _claim(workdir, config)
   mesh = sharding.make_mesh(config.mesh.to_dict())
   local_batch = sharding.local_batch_size(config.batch_size, mesh)
@@ -175,14 +184,32 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _load_data(config: Config, mode: str) -> dict[str, KeyframeDataset]:
+def _protocol(config: Config) -> Any:
+  """How detections are scored.
+
+  Raises:
+    ValueError: the protocol is not known, or other settings are not for tubes.
+  """
+  tubes = config.data.get("tubes", False)
+  known = get_args(TubeProtocol) if tubes else tuple(PROTOCOLS)
+  protocol = config.eval.protocol or ("class_query" if tubes else "activitynet")
+  if protocol not in known:
+    raise ValueError(f"config.eval.protocol {protocol!r}: of {'tubes' if tubes else 'keyframes'} {', '.join(known)}")
+  if tubes and (config.eval.actor_threshold or config.eval.score_threshold):
+    raise ValueError(
+      "config.eval.actor_threshold and .score_threshold are for keyframes: of tubes all detections count"
+    )
+  return protocol
+
+
+def _load_data(config: Config, mode: str) -> dict[str, Dataset]:
   """Opens the data set; the first process prepares what is missing, the others wait for it.
 
   Raises:
     ValueError: the set lacks a split that the mode needs.
   """
   kwargs = config.data.to_dict()
-  load = functools.partial(
+  load: Any = functools.partial(
     datasets.load, kwargs.pop("name"), kwargs.pop("root"), clip=ClipSpec(**config.clip), **kwargs
   )
   sets = load() if jax.process_index() == 0 else {}
@@ -197,7 +224,7 @@ def _load_data(config: Config, mode: str) -> dict[str, KeyframeDataset]:
   return sets
 
 
-def _directory(dataset: KeyframeDataset) -> Path:
+def _directory(dataset: Dataset) -> Path:
   """The folder of the set; its frames are in `records/<split>/` or `videos/<split>/`."""
   frames: Any = dataset.frames
   return frames.directory.parents[1]
@@ -208,7 +235,7 @@ def _train(
   workdir: Path,
   mesh: Mesh,
   local_batch: int,
-  sets: dict[str, KeyframeDataset],
+  sets: dict[str, Dataset],
   *,
   with_evaluation: bool,
 ) -> Result:
@@ -247,7 +274,9 @@ def _train(
     result = _evaluate(config, mesh, local_batch, sets["val"], label_map, predict_fn, should_stop)
     if result is None:
       return None
-    analysis = analyse(result.ground_truth, result.detections, label_map, protocol=config.eval.protocol)
+    if isinstance(result, TubeEvaluation):
+      return result.metrics
+    analysis = analyse(result.ground_truth, result.detections, label_map, protocol=_protocol(config))
     return {**scalars(analysis), **result.metrics}
 
   with (
@@ -305,25 +334,38 @@ def _evaluate(
   config: Config,
   mesh: Mesh,
   local_batch: int,
-  dataset: KeyframeDataset,
+  dataset: Dataset,
   label_map: dict[int, str],
   predict_fn: PredictFn,
   should_stop: Any = None,
-) -> Evaluation | None:
+) -> Evaluation | TubeEvaluation | None:
   if label_map != dataset.label_map:
     raise ValueError("the classes of the checkpoint are not those of the data set")
+  batches = eval_batches(dataset, batch_size=local_batch, **_loading(config, training=False))
+  protocol = _protocol(config)
+  if isinstance(dataset, TubeDataset):
+    return evaluate_tubes(
+      predict_fn, dataset, batches, mesh=mesh, protocol=protocol, rules=_rules(config), should_stop=should_stop
+    )
   return evaluate(
     predict_fn,
     dataset,
-    eval_batches(dataset, batch_size=local_batch, **_loading(config, training=False)),
+    batches,
     label_map,
     mesh=mesh,
-    protocol=config.eval.protocol,
+    protocol=protocol,
     score=config.eval.score,
     actor_threshold=config.eval.actor_threshold,
     score_threshold=config.eval.score_threshold,
     should_stop=should_stop,
   )
+
+
+def _rules(config: Config) -> Any:
+  """Whose rules the protocol of class queries takes; JHMDB's, which know several actions at once, for other sets."""
+  if _protocol(config) != "class_query":
+    return None
+  return config.data.name if config.data.name in get_args(Rules) else "jhmdb"
 
 
 @contextlib.contextmanager
@@ -353,14 +395,12 @@ def _write_results(
   workdir: Path,
   config: Config,
   loaded: checkpoint.Loaded,
-  sets: dict[str, KeyframeDataset],
-  evaluation: Evaluation,
+  sets: dict[str, Dataset],
+  evaluation: Evaluation | TubeEvaluation,
   numbers: dict[str, Any],
   begun: float,
 ) -> None:
   """Writes detections, an annotated video, the report and the numbers, and says where they are."""
-  label_map = loaded.info["label_map"]
-  write_ava_csv(workdir / "detections.csv", evaluation.detections)
   source = _held_out_video(sets["val"])
   seen = hasattr(loaded.model, "maps")
   people = _given_people(sets["val"], source.stem) if source and hasattr(loaded.model, "takes_proposals") else None
@@ -368,26 +408,21 @@ def _write_results(
     loaded, source, workdir / "videos", boxes=people, stride=1.0 if people else 0.25, save_maps=seen
   )
   video, maps = (shown.video, shown.maps) if shown else (None, None)
-  pictures = sorted(maps.iterdir()) if maps else []
-  protocol = config.eval.protocol
-  analysis = analyse(evaluation.ground_truth, evaluation.detections, label_map, protocol=protocol)
+  pictures = sorted(maps.glob("*.png")) if maps else []
   numbers = {**numbers, "wall_seconds": time.perf_counter() - begun}
-  write_report(
-    workdir / "report.html",
-    analysis,
-    title=workdir.resolve().name,
-    label_map=label_map,
-    facts={"protocol": protocol, "data set": config.data.name},
-    metrics=numbers,
-    train_counts=_boxes_by_class(sets["train"]) if "train" in sets else None,
-    frames=lambda video, time: visualize.upscale(sets["val"].frames.frames(video, [time])[0]),
-    video=video,
-    maps=pictures[:: max(1, len(pictures) // _NUM_MAPS)][:_NUM_MAPS],
-    config=json.loads(config.to_json_best_effort()),
-    warnings=evaluation.frame_map.differences(),
-  )
-  ap = {label_map[index]: value for index, value in evaluation.frame_map.ap.items() if np.isfinite(value)}
-  (workdir / "metrics.json").write_text(json.dumps({**numbers, "ap": ap}, indent=2) + "\n")
+  page = {
+    "title": workdir.resolve().name,
+    "metrics": numbers,
+    "train_counts": _boxes_by_class(sets["train"]) if "train" in sets else None,
+    "video": video,
+    "maps": pictures[:: max(1, len(pictures) // _NUM_MAPS)][:_NUM_MAPS],
+    "config": json.loads(config.to_json_best_effort()),
+  }
+  if isinstance(evaluation, TubeEvaluation):
+    ap, files = _write_tubes(workdir, config, evaluation, page)
+  else:
+    ap, files = _write_keyframes(workdir, config, sets["val"], evaluation, page)
+  (workdir / "metrics.json").write_text(json.dumps({**numbers, **ap}, indent=2) + "\n")
   table = rich.table.Table(title=f"{config.model.name} on {config.data.name}", show_header=False)
   for name, value in numbers.items():
     table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
@@ -396,19 +431,60 @@ def _write_results(
     "checkpoints": workdir / "checkpoints",
     "report": workdir / "report.html",
     "annotated video": video or f"python -m vad_jax.predict --checkpoint {workdir} --video FILE",
-    "detections": workdir / "detections.csv",
+    **files,
     "numbers": workdir / "metrics.json",
     "TensorBoard": f"tensorboard --logdir {workdir / 'logs'}",
   }.items():
     print(f"{name:>15}: {path}")  # not in the table, which would cut long ones
 
 
-def _boxes_by_class(dataset: KeyframeDataset) -> dict[int, int]:
+def _write_keyframes(
+  workdir: Path, config: Config, dataset: Any, evaluation: Evaluation, page: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Writes detections and report; returns AP by class, and what to say about the files."""
+  label_map, protocol = dataset.label_map, _protocol(config)
+  write_ava_csv(workdir / "detections.csv", evaluation.detections)
+  write_report(
+    workdir / "report.html",
+    analyse(evaluation.ground_truth, evaluation.detections, label_map, protocol=protocol),
+    label_map=label_map,
+    facts={"protocol": protocol, "data set": config.data.name},
+    frames=lambda video, time: visualize.upscale(dataset.frames.frames(video, [time])[0]),
+    warnings=evaluation.frame_map.differences(),
+    **page,
+  )
+  ap = {label_map[index]: value for index, value in evaluation.frame_map.ap.items() if np.isfinite(value)}
+  return {"ap": ap}, {"detections": workdir / "detections.csv"}
+
+
+def _write_tubes(
+  workdir: Path, config: Config, evaluation: TubeEvaluation, page: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The same of tubes. Detections and ground truth are files that ``vad_jax.evaluate`` scores alike."""
+  detections, truth = workdir / "detections.npz", workdir / "ground_truth.json"
+  write_detections(detections, evaluation.detections)
+  write_ground_truth(truth, evaluation.ground_truth)
+  result, rules = evaluation.video_map, _rules(config)
+  write_tube_report(workdir / "report.html", result, facts={"data set": config.data.name}, **page)
+  command = f"python -m vad_jax.evaluate --detections {detections} --ground-truth {truth} --protocol {result.protocol}"
+  ap = {
+    name: {label: value for label, value in zip(result.labels, by_iou[0.5].tolist(), strict=True) if np.isfinite(value)}
+    for name, by_iou in (("ap", result.frame_ap), ("video_ap", result.video_ap))
+  }
+  return ap, {"detections": detections, "scored again by": f"{command} --dataset {rules}" if rules else command}
+
+
+def _boxes_by_class(dataset: Dataset) -> dict[int, int]:
+  """Annotated boxes of each class; of tubes the number of tubes."""
+  if isinstance(dataset, TubeDataset):
+    videos = dict.fromkeys(clip.video for clip in dataset.clips)
+    found = [tube.label + 1 for name in videos for tube in dataset.truth.videos[name].tubes]
+    return {index: found.count(index) for index in dataset.label_map}
   labels = sum((keyframe.labels.sum(0) for keyframe in dataset.keyframes), np.zeros(dataset.num_classes))
   return {index: int(labels[index - 1]) for index in dataset.label_map}
 
 
-def _given_people(dataset: KeyframeDataset, video: str) -> PersonBoxes:
+def _given_people(dataset: Dataset, video: str) -> PersonBoxes:
   """The proposals of a video."""
   found = {time: boxes for (name, time), boxes in (dataset.proposals or {}).items() if name == video}
   times = sorted(found)
@@ -416,12 +492,12 @@ def _given_people(dataset: KeyframeDataset, video: str) -> PersonBoxes:
   return PersonBoxes("the data set", np.array(times), [found[time] for time in times], scores)
 
 
-def _held_out_video(dataset: KeyframeDataset) -> Path | None:
-  """The video file of the keyframe in the middle, beside the folder that its frames are read from."""
+def _held_out_video(dataset: Dataset) -> Path | None:
+  """The video file of the example in the middle, beside the folder that its frames are read from."""
   frames: Any = dataset.frames
   for parent in frames.directory.absolute().parents:
     if (parent / "videos" / "val").is_dir():
-      return video_files(parent / "videos" / "val").get(dataset.keyframes[len(dataset) // 2].video)
+      return video_files(parent / "videos" / "val").get(dataset.place(len(dataset) // 2)[0])
   return None
 
 

@@ -15,87 +15,25 @@ running moves smoothly between them; actions hold until the next keyframe.
 """
 
 import argparse
-import collections
-import contextlib
-import functools
-import itertools
-import json
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-import av
 import cv2
-import jax
 import numpy as np
-from flax import nnx
 
-import vad_jax
-from vad_jax import annotations, checkpoint, person_boxes, progress, visualize
-from vad_jax.batch import Batch, Detections
-from vad_jax.datasets.augment import place_on_canvas
-from vad_jax.datasets.loader import ClipSpec
-from vad_jax.datasets.video import VideoReader, VideoWriter, nearest
+from vad_jax import checkpoint, person_boxes, progress, visualize
+from vad_jax.batch import Detections
+from vad_jax.datasets.video import VideoReader
+from vad_jax.detect import CLASS_ATTENTION, Detector, Seen
+from vad_jax.metrics.linking import Candidates, link_greedily
 from vad_jax.ops.nms import nms as suppress
 from vad_jax.person_boxes import PersonBoxes
-
-_CANVAS_MULTIPLE = 32
-_TIME_EPSILON = 1e-3  # seconds; time stamps of frames are rounded
-
-
-class Action(NamedTuple):
-  """One action of one person: id of the label map, its name, score in [0, 1]."""
-
-  id: int
-  name: str
-  score: float
-
-
-class KeyframeDetections(NamedTuple):
-  """The ``n`` people found at one keyframe, best actor score first.
-
-  Attributes:
-    time: seconds from the video's first frame.
-    boxes: ``[n, 4]`` float32 xyxy in [0, 1].
-    actor_score: ``[n]`` float32.
-    action_score: ``[n, K]`` float32, all classes.
-    actions: for each person the actions that passed the threshold, best first.
-  """
-
-  time: float
-  boxes: np.ndarray
-  actor_score: np.ndarray
-  action_score: np.ndarray
-  actions: list[list[Action]]
-
-
-class Prediction(NamedTuple):
-  """What was found in one video and where it was written.
-
-  Attributes:
-    source: the video.
-    size: its height and width in pixels.
-    fps: its average frame rate.
-    broken: damaged or missing frames; their neighbours stood in.
-    keyframes: detections in order of time.
-    csv: AVA result CSV, or None where nothing was written.
-    json: readable file of the same, or None.
-    video: annotated mp4, or None.
-    maps: folder of pictures, one a keyframe, of what the model sees where; or None.
-  """
-
-  source: Path
-  size: tuple[int, int]
-  fps: float
-  broken: int
-  keyframes: list[KeyframeDetections]
-  csv: Path | None = None
-  json: Path | None = None
-  video: Path | None = None
-  maps: Path | None = None
+from vad_jax.predictions import Action, ActionTube, KeyframeDetections, Prediction, annotate, write_csv, write_json
 
 
 def load(name: str | Path) -> checkpoint.Loaded:
@@ -130,14 +68,16 @@ def predict_video(
     output_dir: where to write CSV, JSON and annotated video; None writes nothing.
     boxes: the people, for a model that classifies given ones: a model that finds people, as `load` takes or returned
       it; a file, see `person_boxes.read`; or what is known already.
-    stride: seconds between keyframes; None makes every frame one.
+    stride: seconds between keyframes; None makes every frame one, which it always is to a model for tubes.
     actor_threshold: lowest actor score of a person that is reported.
     action_threshold: lowest score of an action that is reported.
     top_k: most actions reported for one person.
     nms: drops people whose box overlaps a better one by more than this IoU, or is empty; None keeps all.
     batch_size: clips run through the model at once.
     draw: write the annotated video as well.
-    save_maps: write a picture of each keyframe: the model's maps over the frame, all boxes, and those that are kept.
+    save_maps: write for each keyframe (of tubes for the middle frame of each clip), named by its time, a picture of the
+      model's maps over the frame, all boxes, and those that are kept. Of a model that says where it looked for each
+      person and class, also a folder with a picture of each kept person and action, and a ``.npz`` with the arrays.
 
   Raises:
     ValueError: the model has no maps; or it needs boxes and there are none, or the other way round.
@@ -145,39 +85,40 @@ def predict_video(
     OSError: the output directory cannot be written.
   """
   loaded = load(model) if isinstance(model, str | Path) else model
-  source = Path(video)
+  label_map, source = loaded.info["label_map"], Path(video)
   if save_maps and not hasattr(loaded.model, "maps"):
     raise ValueError(f"{loaded.info['model']['name']} has no maps to save")
-  thresholds = {
-    "actor_threshold": actor_threshold,
-    "action_threshold": action_threshold,
-    "top_k": top_k,
-    "nms": nms,
-  }
   finding: dict[str, Any] = {"stride": stride, "actor_threshold": actor_threshold, "nms": nms, "batch_size": batch_size}
   people = _people(loaded, boxes, source, finding)
   with VideoReader(source) as reader:
     height, width = reader.size
     outputs = _prepare_outputs(source, output_dir) if output_dir is not None else {}
+    detector = Detector(
+      loaded.model, loaded.info, (height, width), people=people, batch_size=batch_size, with_maps=save_maps
+    )
+    stride = None if detector.tubes else stride
+    keyframes = []
     with progress.bar(f"{source.name}: detect", reader.num_frames) as advance:
-      frames = _counted(reader, advance)
-      keyframes = []
-      for time, found, seen in _detect(loaded, people, frames, (height, width), stride, batch_size, save_maps):
-        keyframes.append(_select(time, found, loaded.info["label_map"], **thresholds))
+      for time, found, seen in detector.run(_counted(reader, advance), reader.num_frames, stride):
+        slots = _kept(found, actor_threshold, nms)
+        actions = [_actions(scores, label_map, action_threshold, top_k) for scores in found.action_score[slots]]
+        kept = KeyframeDetections(
+          time, found.boxes[slots], found.actor_score[slots], found.action_score[slots], actions
+        )
+        keyframes.append(kept)
         if seen and outputs:
-          outputs["maps"].mkdir(exist_ok=True)
-          kept = keyframes[-1]
-          sheet = visualize.map_sheet(*seen, found, kept.boxes, kept.actor_score, size=(height, width))
-          cv2.imwrite(str(outputs["maps"] / f"{time:08.3f}.png"), sheet[..., ::-1])
+          _write_maps(outputs["maps"], seen, found, slots, kept, label_map, (height, width))
     result = Prediction(source, (height, width), reader.fps, reader.broken, keyframes)
+    if detector.tubes:
+      result = result._replace(tubes=_link(result))
   if people and all(people.index(keyframe.time) is None for keyframe in keyframes):
     times = ", ".join(f"{time:g}" for time in people.times[:3])
     raise ValueError(f"{people.source}: boxes of {source} are at {times}, ... seconds and at no keyframe; see --stride")
   if outputs:
-    _write_csv(result, outputs["csv"])
-    _write_json(
-      result, outputs["json"], loaded.info, {"stride": stride, "boxes": people and people.source, **thresholds}
-    )
+    write_csv(result, outputs["csv"])
+    settings = {"stride": stride, "boxes": people and people.source, "actor_threshold": actor_threshold}
+    settings |= {"action_threshold": action_threshold, "top_k": top_k, "nms": nms}
+    write_json(result, outputs["json"], loaded.info, settings)
     if draw:
       annotate(result, outputs["video"])
     result = result._replace(csv=outputs["csv"], json=outputs["json"])
@@ -210,156 +151,46 @@ def _people(loaded: checkpoint.Loaded, boxes: Any, video: Path, finding: dict[st
   return person_boxes.read(boxes, video.stem.replace(",", "_"), threshold=finding["actor_threshold"])
 
 
-# --- detection ----------------------------------------------------------------------------------------------
+# --- selection ----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _run_model(graphdef: Any, state: Any, inputs: dict[str, np.ndarray], with_maps: bool) -> tuple[Detections, Any]:
-  batch = cast(Batch, inputs)  # without annotations, which only a loss reads
-  model = nnx.merge(graphdef, state)
-  out = model(batch)
-  return model.detections(out, batch), model.maps(out, batch) if with_maps else {}
-
-
-def _detect(
-  loaded: checkpoint.Loaded,
-  people: PersonBoxes | None,
-  frames: Iterable[tuple[float, np.ndarray]],
-  size: tuple[int, int],
-  stride: float | None,
-  batch_size: int,
-  with_maps: bool,
-) -> Iterator[tuple[float, Detections, tuple[np.ndarray, dict[str, np.ndarray]] | None]]:
-  """Runs the model over a stream of frames.
-
-  Yields:
-    time and detections (no batch axis) of each keyframe; if asked for, its padded frame and the model's maps of it.
-  """
-  graphdef, state = nnx.split(loaded.model)
-  offsets = ClipSpec(**loaded.info["clip"]).times(0.0)
-  canvas = video_canvas(size, loaded.info["short_side"], loaded.info["canvas"])
-  place = functools.partial(place_on_canvas, canvas=canvas, short_side=loaded.info["short_side"])
-  _, placed_size = place(np.zeros((1, *size, 3), np.uint8))
-  video_size = np.tile(np.array(placed_size, np.int32), (batch_size, 1))
-
-  def runs() -> Iterator[tuple[list[float], np.ndarray, Any]]:
-    placed = ((time, place(frame[None])[0][0]) for time, frame in frames)
-    for batch in _batched(clips(placed, offsets, stride), batch_size):
-      video = np.zeros((batch_size, len(offsets), *canvas, 3), np.uint8)
-      video[: len(batch)] = [clip for _, clip in batch]
-      key = np.where(np.arange(batch_size) < len(batch), 0, -1).astype(np.int32)
-      inputs = {"video": video, "video_size": video_size, "key": key}
-      if people:
-        inputs |= people.batch([time for time, _ in batch], batch_size)
-      shown = video[:, nearest(offsets, 0.0)].copy() if with_maps else video[:, :0]
-      yield [time for time, _ in batch], shown, _run_model(graphdef, state, inputs, with_maps)
-
-  # One batch behind: the device works on a batch while the next one is being decoded.
-  height, width = placed_size
-  for (times, shown, run), _ in itertools.pairwise(itertools.chain(runs(), [([], np.empty(0), None)])):
-    found, maps = jax.device_get(run)
-    for row, time in enumerate(times):
-      real = {}
-      for name, values in maps.items():  # without the padding
-        rows, columns = (
-          round(n * side / padded) for n, side, padded in zip(values.shape[1:3], placed_size, canvas, strict=True)
-        )
-        real[name] = values[row, :rows, :columns]
-      seen = (shown[row, :height, :width], real) if with_maps else None
-      yield time, Detections(*(column[row] for column in found)), seen
-
-
-def video_canvas(size: tuple[int, int], short_side: int | None, training_canvas: tuple[int, int]) -> tuple[int, int]:
-  """Height and width of the padded frames for a video of any shape: the smallest multiples of 32 that do.
-
-  The short side becomes ``short_side``, unless the long side would then be longer than in training; a
-  portrait video is treated like a landscape one.
-
-  Args:
-    size: height and width of the video.
-    short_side: of the frames in training; None where they were stretched to the canvas, as this video is then.
-    training_canvas: height and width that the training frames were padded to.
-  """
-  if short_side is None:
-    return training_canvas
-  scale = min(short_side / min(size), max(training_canvas) / max(size))
-  height, width = (math.ceil(round(side * scale) / _CANVAS_MULTIPLE) * _CANVAS_MULTIPLE for side in size)
-  return max(height, _CANVAS_MULTIPLE), max(width, _CANVAS_MULTIPLE)
-
-
-def clips(
-  frames: Iterable[tuple[float, np.ndarray]], offsets: np.ndarray, stride: float | None
-) -> Iterator[tuple[float, np.ndarray]]:
-  """Cuts the clips of all keyframes out of a stream and forgets frames that no coming clip needs.
-
-  Args:
-    frames: times (rising) and frames.
-    offsets: ``[T]`` rising times of a clip's frames from its keyframe, in seconds.
-    stride: seconds between keyframes, the first at 0; None makes every frame one.
-
-  Yields:
-    time of the keyframe and ``[T, ...]`` the frames nearest to its times, clamped to the stream's ends.
-  """
-  window: collections.deque[tuple[float, np.ndarray]] = collections.deque()
-  waiting: collections.deque[float] = collections.deque()  # keyframes whose last frames have not come yet
-  count = 0
-
-  def cut(keyframe: float) -> tuple[float, np.ndarray]:
-    times = np.array([time for time, _ in window])
-    return keyframe, np.stack([window[nearest(times, keyframe + offset)][1] for offset in offsets])
-
-  for time, frame in frames:
-    window.append((time, frame))
-    if stride is None:
-      waiting.append(time)
-    while stride is not None and count * stride <= time + _TIME_EPSILON:
-      waiting.append(count * stride)
-      count += 1
-    while waiting and waiting[0] + offsets[-1] <= time:
-      yield cut(waiting.popleft())
-    coming = waiting[0] if waiting else time if stride is None else count * stride
-    while len(window) > 1 and window[1][0] <= coming + offsets[0]:
-      window.popleft()
-  for keyframe in waiting:
-    yield cut(keyframe)
-
-
-def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-  iterator = iter(items)
-  while batch := list(itertools.islice(iterator, size)):
-    yield batch
-
-
-def _counted(
-  frames: Iterable[tuple[float, np.ndarray]], advance: Callable[[], None]
-) -> Iterator[tuple[float, np.ndarray]]:
+def _counted(frames: Iterable[Any], advance: Callable[[], None]) -> Iterator[Any]:
   for item in frames:
     yield item
     advance()
 
 
-def _select(
-  time: float,
-  found: Detections,
-  label_map: dict[int, str],
-  *,
-  actor_threshold: float,
-  action_threshold: float,
-  top_k: int,
-  nms: float | None,
-) -> KeyframeDetections:
-  """Applies the thresholds to the detections of one keyframe."""
+def _kept(found: Detections, actor_threshold: float, nms: float | None) -> np.ndarray:
+  """The slots of one frame that are reported, best actor score first."""
   order = np.argsort(-found.actor_score, kind="stable")
   order = order[(found.valid & (found.actor_score >= actor_threshold))[order]]
-  if nms is not None:
-    order = order[suppress(found.boxes[order], found.actor_score[order], nms)]
-  actions = []
-  for scores in found.action_score[order]:
-    best = [index for index in np.argsort(-scores, kind="stable") if index + 1 in label_map][:top_k]
-    actions.append(
-      [Action(int(k) + 1, label_map[int(k) + 1], float(scores[k])) for k in best if scores[k] >= action_threshold]
-    )
-  return KeyframeDetections(time, found.boxes[order], found.actor_score[order], found.action_score[order], actions)
+  return order if nms is None else order[suppress(found.boxes[order], found.actor_score[order], nms)]
+
+
+def _actions(scores: np.ndarray, label_map: dict[int, str], threshold: float, top_k: int) -> list[Action]:
+  """What one person does, best first."""
+  best = [int(k) + 1 for k in np.argsort(-scores, kind="stable") if k + 1 in label_map][:top_k]
+  return [Action(k, label_map[k], float(scores[k - 1])) for k in best if scores[k - 1] >= threshold]
+
+
+def _link(result: Prediction) -> list[ActionTube]:
+  """Links the reported actions of all frames as `link_greedily` does, which wants 15 frames at least."""
+  height, width = result.size
+  size = np.array([width, height, width, height], np.float64)
+  times = np.array([keyframe.time for keyframe in result.keyframes])
+  by_class: dict[tuple[int, str], list[tuple[int, np.ndarray, float]]] = {}
+  for frame, keyframe in enumerate(result.keyframes, 1):
+    for box, actions in zip(keyframe.boxes, keyframe.actions, strict=True):
+      for action in actions:
+        by_class.setdefault((action.id, action.name), []).append((frame, box * size, action.score))
+  tubes = []
+  for (class_id, name), rows in by_class.items():
+    frame, boxes, score = (np.array(column) for column in zip(*rows, strict=True))
+    found = Candidates(np.zeros(len(rows), np.int64), frame, boxes[:, None], score)
+    for tube in link_greedily(found, np.array([len(times)])):
+      index = tube.boxes[:, 0].astype(np.int64) - 1
+      tubes.append(ActionTube(Action(class_id, name, tube.score), times[index], tube.boxes[:, 1:] / size))
+  return sorted(tubes, key=lambda tube: (tube.times[0], tube.action.id))
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -384,94 +215,57 @@ def _prepare_outputs(source: Path, output_dir: str | Path) -> dict[str, Path]:
   return outputs
 
 
-def _write_csv(result: Prediction, path: Path) -> None:
-  name = result.source.stem.replace(",", "_")  # a comma would end the column
-  rows = [
-    (name, keyframe.time, box, action.id, action.score)
-    for keyframe in result.keyframes
-    for box, actions in zip(keyframe.boxes, keyframe.actions, strict=True)
-    for action in actions
-  ]
-  video, time, boxes, action, score = zip(*rows, strict=True) if rows else ((),) * 5
-  annotations.write_ava_csv(
-    path,
-    annotations.Rows(
-      np.array(video, object),
-      np.array(time, np.float64),
-      np.array(boxes, np.float64).reshape(-1, 4),
-      np.array(action, np.int32),
-      np.array(score, np.float64),
-    ),
-  )
+def _write_maps(
+  folder: Path,
+  seen: Seen,
+  found: Detections,
+  slots: np.ndarray,
+  kept: KeyframeDetections,
+  label_map: dict[int, str],
+  size: tuple[int, int],
+) -> None:
+  """Writes what the model saw in a frame: pictures, and what it looked at for each person and class as arrays."""
+  path = folder / f"{kept.time:08.3f}.png"
+  folder.mkdir(exist_ok=True)
+  maps = dict(seen.maps)
+  attention = maps.pop(CLASS_ATTENTION, None)
+  rows = []
+  if attention is not None:
+    attention = attention[slots]
+    rows = [
+      [
+        visualize.attention_picture(
+          *(seen.frame, attention[person, action.id - 1], kept.boxes[person]),
+          *(f"{action.name} {action.score:.2f}", visualize.color_of(person)),
+          size=size,
+        )
+        for action in actions
+      ]
+      for person, actions in enumerate(kept.actions)
+    ]
+    for person, (pictures, actions) in enumerate(zip(rows, kept.actions, strict=True), 1):
+      for picture, action in zip(pictures, actions, strict=True):
+        name = re.sub(r"\W+", "_", action.name).strip("_")
+        path.with_suffix("").mkdir(exist_ok=True)
+        _write_picture(path.with_suffix("") / f"person{person}_class{action.id}_{name}.png", picture)
+    classes = np.arange(1, attention.shape[1] + 1)
+    np.savez_compressed(
+      path.with_suffix(".npz"),
+      time=kept.time,
+      boxes=kept.boxes,
+      actor_score=kept.actor_score,
+      action_score=kept.action_score,
+      class_attention=attention,
+      class_id=classes,
+      class_name=np.array([label_map.get(int(index), "") for index in classes], str),
+    )
+  sheet = visualize.map_sheet(seen.frame, maps, found, kept.boxes, kept.actor_score, size=size, more=rows)
+  _write_picture(path, sheet)
 
 
-def _write_json(result: Prediction, path: Path, info: dict[str, Any], settings: dict[str, Any]) -> None:
-  height, width = result.size
-  content = {
-    "video": str(result.source),
-    "width": width,
-    "height": height,
-    "fps": round(result.fps, 3),
-    "broken_frames": result.broken,
-    "model": {"name": info["model"]["name"], "step": info["step"], "clip": info["clip"]},
-    "settings": settings,
-    "made_with": {
-      "vad_jax": vad_jax.__version__,
-      "jax": jax.__version__,
-      "av": av.__version__,
-      "ffmpeg": av.ffmpeg_version_info,
-    },
-    "boxes": "x1, y1, x2, y2 in [0, 1] of the frame",
-    "keyframes": [
-      {
-        "time": round(keyframe.time, 4),
-        "actors": [
-          {
-            "box": [round(float(value), 4) for value in box],
-            "score": round(float(score), 4),
-            "actions": [{"id": a.id, "name": a.name, "score": round(a.score, 4)} for a in actions],
-          }
-          for box, score, actions in zip(keyframe.boxes, keyframe.actor_score, keyframe.actions, strict=True)
-        ],
-      }
-      for keyframe in result.keyframes
-    ],
-  }
-  path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# --- drawing ------------------------------------------------------------------------------------------------
-
-
-def annotate(result: Prediction, path: Path) -> None:
-  """Decodes the video again and writes it with the detections drawn.
-
-  Args:
-    result: what was found in it.
-    path: the mp4 to write.
-  """
-  keyframes = result.keyframes
-  links = [person_boxes.link(now.boxes, then.boxes) for now, then in itertools.pairwise(keyframes)]
-  people = person_boxes.number_people([len(keyframe.boxes) for keyframe in keyframes], links)
-  current = 0
-  with contextlib.ExitStack() as stack:
-    reader = stack.enter_context(VideoReader(result.source))
-    advance = stack.enter_context(progress.bar(f"{result.source.name}: draw", reader.num_frames))
-    writer = None
-    for time, frame in _counted(reader, advance):
-      while current < len(links) and keyframes[current + 1].time <= time:
-        current += 1
-      boxes = keyframes[current].boxes
-      if current < len(links):
-        begin, end = (keyframe.time for keyframe in keyframes[current : current + 2])
-        share = (time - begin) / (end - begin)
-        boxes = person_boxes.boxes_between(boxes, keyframes[current + 1].boxes, links[current], share)
-      captions = [[f"{action.name} {action.score:.2f}" for action in a] for a in keyframes[current].actions]
-      colors = [visualize.color_of(number) for number in people[current]]
-      drawn = visualize.draw_detections(visualize.upscale(frame), boxes, captions, colors)
-      if writer is None:
-        writer = stack.enter_context(VideoWriter(path, size=drawn.shape[:2], fps=result.fps, audio_from=result.source))
-      writer.write(drawn, time)
+def _write_picture(path: Path, picture: np.ndarray) -> None:
+  if not cv2.imwrite(str(path), picture[..., ::-1]):
+    raise OSError(f"{path}: cannot be written")
 
 
 # --- command line -------------------------------------------------------------------------------------------

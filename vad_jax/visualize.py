@@ -144,6 +144,7 @@ def map_sheet(
   scores: np.ndarray,
   *,
   size: tuple[int, int],
+  more: Sequence[Sequence[np.ndarray]] = (),
 ) -> np.ndarray:
   """What a model saw in a keyframe: its maps over the frame, all boxes by actor score, and those that were kept.
 
@@ -154,13 +155,36 @@ def map_sheet(
     kept: ``[n, 4]`` boxes.
     scores: ``[n]`` of these.
     size: height and width whose proportions the pictures get.
+    more: further rows of pictures.
   """
-  height, width = (round(side * _MAP_SIDE / min(size)) for side in size)
-  frame = cv2.resize(frame, (width, height))
+  frame = _map_frame(frame, size)
   pictures = [draw_map(frame, heat) for heat in maps.values()]
   pictures.append(draw_outlines(frame, found.boxes[found.valid], found.actor_score[found.valid]))
   pictures.append(draw_detections(frame, kept, [[f"{score:.2f}"] for score in scores]))
-  return contact_sheet([pictures])
+  return contact_sheet([pictures, *(row for row in more if row)])
+
+
+def attention_picture(
+  frame: np.ndarray, attention: np.ndarray, box: np.ndarray, caption: str, color: Color, *, size: tuple[int, int]
+) -> np.ndarray:
+  """Where a model looked to judge one action of one person, bright where most, and the person's box.
+
+  Args:
+    frame: ``[H, W, 3]`` uint8 RGB, which may be distorted.
+    attention: ``[h, w]``, not negative, of the whole frame.
+    box: ``[4]`` xyxy in [0, 1] of the frame.
+    caption: of the box.
+    color: of the box.
+    size: height and width whose proportions the picture gets.
+  """
+  picture = draw_map(_map_frame(frame, size), attention / max(attention.max(), np.finfo(np.float32).tiny))
+  return draw_detections(picture, box[None], [[caption]], [color])
+
+
+def _map_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """A frame in the proportions and at the size of pictures of maps."""
+  height, width = (round(side * _MAP_SIDE / min(size)) for side in size)
+  return cv2.resize(frame, (width, height))
 
 
 def upscale(frame: np.ndarray, min_short_side: int = 360) -> np.ndarray:

@@ -169,7 +169,7 @@ def test_maps_are_part_of_the_page(tmp_path):
 
 
 def test_large_video_is_linked(tmp_path, monkeypatch):
-  monkeypatch.setattr(report, "_INLINE_VIDEO_BYTES", 10)
+  monkeypatch.setattr("vad_jax.metrics.page._INLINE_VIDEO_BYTES", 10)
   video = tmp_path / "videos" / "a clip#1.mp4"
   video.parent.mkdir()
   video.write_bytes(bytes(11))

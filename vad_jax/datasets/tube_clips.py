@@ -9,7 +9,7 @@ other half of the last clip; here they need no filling.)
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +46,7 @@ class TubeDataset:
   """
 
   tubes = True
-  proposals = None
+  proposals: Mapping[tuple[str, float], np.ndarray] | None = None
 
   def __init__(self, truth: TubeGroundTruth, videos: Iterable[str], frames: FrameSource, clip: ClipSpec):
     """Drops, and logs, videos without frames.

@@ -4,28 +4,20 @@ The page opens offline and needs no JavaScript: charts and pictures are part of 
 same numbers stand as JSON beside it.
 """
 
-import base64
-import importlib.resources
-import json
 import math
-import os
 import re
 import string
-import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
-import jinja2
 import numpy as np
 
-import vad_jax
 from vad_jax.annotations import PathLike
 from vad_jax.metrics.analysis import KINDS, Analysis, Confusion, Example, compare
 from vad_jax.metrics.frame_map import FrameMap
+from vad_jax.metrics.page import Chart, chart, data_uri, duration, percent, write_page
 
-_INLINE_VIDEO_BYTES = 6 << 20  # larger videos stay a file beside the page
 _PICTURE_WIDTH = 560
 _NUM_CONFUSED_CLASSES = 20
 _NUM_CONFUSED_PAIRS = 10
@@ -51,15 +43,6 @@ class _ClassRow(NamedTuple):
   train_share: float  # of the largest class, on a logarithmic scale
   kinds: dict[str, int]  # of the best detections
   precision: np.ndarray  # at 101 recalls
-
-
-class _Chart(NamedTuple):
-  title: str
-  axis: str
-  bars: list[tuple[str, float, str]]  # name, value, note
-  top: float  # of the scale
-  ticks: list[float]
-  colored: bool = False  # each bar in the colour of the mistake that it is named after
 
 
 class _HeatRow(NamedTuple):
@@ -130,23 +113,29 @@ def write_report(
   Raises:
     FileNotFoundError: there is no such video or directory.
   """
-  path = Path(path)
   scores = analysis.frame_map
   metrics = {name: value for name, value in (metrics or {}).items() if name != "frame_map_50"}
   changes = compare(before[1], scores) if before else []
   rows = _class_rows(analysis, label_map, train_counts)
-  environment = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-  )
-  environment.filters |= {"percent": _percent, "points": _points, "number": _number, "curve": _curve}
-  template = environment.from_string(
-    importlib.resources.files("vad_jax.metrics").joinpath("report.html").read_text(encoding="utf-8")
-  )
-  page = template.render(
+  numbers = {
+    "label_map": label_map,
+    "facts": facts or {},
+    "metrics": metrics,
+    "train_counts": train_counts,
+    "analysis": analysis._asdict() | {"frame_map": scores._replace(curves={})},
+    "compared_with": before and {"name": before[0], "mean_ap": before[1].mean_ap, "changes": changes},
+  }
+  write_page(
+    path,
+    "report.html",
     title=title,
     headline=_headline(analysis, metrics),
-    warnings=warnings,
     facts=_counts(analysis) | dict(facts or {}) | {k: v for k, v in metrics.items() if k not in _HEADLINE},
+    numbers=numbers,
+    video=video,
+    maps=maps,
+    config=config,
+    warnings=warnings,
     frame_map=scores,
     charts=_charts(analysis),
     oracle=analysis.oracle,
@@ -158,6 +147,7 @@ def write_report(
     scored=[row for row in rows if not math.isnan(row.ap)],
     unscored=[row.name for row in rows if math.isnan(row.ap)],
     has_train_counts=train_counts is not None,
+    curve=_curve,
     heat=_heat_map(analysis.confusion, label_map),
     pairs=_confused_pairs(analysis.confusion, label_map),
     pictures=[
@@ -167,25 +157,7 @@ def write_report(
     before=before,
     changes=[(label_map[change.action], change) for change in changes],
     largest_change=max((abs(change.gain) for change in changes), default=0.0) or 1.0,
-    video=None if video is None else _video_source(Path(video), path),
-    maps=[_data_uri("image/png", Path(picture).read_bytes()) for picture in maps],
-    config=None if config is None else json.dumps(config, indent=2, default=str),
-    json_name=path.with_suffix(".json").name,
-    version=vad_jax.__version__,
   )
-  numbers = {
-    "title": title,
-    "label_map": label_map,
-    "facts": facts or {},
-    "metrics": metrics,
-    "warnings": warnings,
-    "train_counts": train_counts,
-    "analysis": analysis._asdict() | {"frame_map": scores._replace(curves={})},
-    "compared_with": before and {"name": before[0], "mean_ap": before[1].mean_ap, "changes": changes},
-    "config": config,
-  }
-  _write(path, page)
-  _write(path.with_suffix(".json"), json.dumps(to_json(numbers), indent=1, default=str, allow_nan=False) + "\n")
 
 
 def scalars(analysis: Analysis) -> dict[str, float]:
@@ -198,33 +170,14 @@ def scalars(analysis: Analysis) -> dict[str, float]:
   return {name: value for name, value in result.items() if not math.isnan(value)}
 
 
-def to_json(value: Any) -> Any:
-  """Turns results into what `json.dump` writes: arrays and tuples to lists or objects, NaN to null."""
-  if hasattr(value, "_asdict"):
-    return to_json(value._asdict())
-  if isinstance(value, Mapping):
-    return {str(key): to_json(item) for key, item in value.items()}
-  if isinstance(value, np.ndarray | np.generic):
-    return to_json(value.tolist())
-  if isinstance(value, list | tuple):
-    return [to_json(item) for item in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-  unfinished = path.with_name(path.name + ".part")
-  unfinished.write_text(text, encoding="utf-8")
-  unfinished.replace(path)
-
-
 def _headline(analysis: Analysis, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
   tiles = [
-    (f"frame-mAP@{analysis.frame_map.iou:g}", _percent(analysis.frame_map.mean_ap)),
-    ("frame-mAP@0.5:0.95", _percent(float(np.mean(list(analysis.by_iou.values()))))),
+    (f"frame-mAP@{analysis.frame_map.iou:g}", percent(analysis.frame_map.mean_ap)),
+    ("frame-mAP@0.5:0.95", percent(float(np.mean(list(analysis.by_iou.values()))))),
   ]
   for name, label in _HEADLINE.items():
     if name in metrics:
-      tiles.append((label, _duration(metrics[name]) if name == "wall_seconds" else _percent(metrics[name])))
+      tiles.append((label, duration(metrics[name]) if name == "wall_seconds" else percent(metrics[name])))
   return tiles
 
 
@@ -261,21 +214,21 @@ def _class_rows(
   ]
 
 
-def _charts(analysis: Analysis) -> dict[str, _Chart]:
+def _charts(analysis: Analysis) -> dict[str, Chart]:
   oracle = analysis.oracle
   return {
-    "iou": _chart("mAP by IoU", "least IoU", [(f"{iou:.2f}"[1:], ap, "") for iou, ap in analysis.by_iou.items()]),
-    "area": _chart(
+    "iou": chart("mAP by IoU", "least IoU", [(f"{iou:.2f}"[1:], ap, "") for iou, ap in analysis.by_iou.items()]),
+    "area": chart(
       "mAP by size of the person",
       "box, share of the frame",
       [(s.name, s.mean_ap, f"{s.num_boxes:,}") for s in analysis.by_area],
     ),
-    "actors": _chart(
+    "actors": chart(
       "mAP by number of people",
       "annotated people in the keyframe",
       [(s.name, s.mean_ap, f"{s.num_boxes:,}") for s in analysis.by_actors],
     ),
-    "oracle": _chart(
+    "oracle": chart(
       "With help from the ground truth",
       "taken from the ground truth",
       [
@@ -285,19 +238,13 @@ def _charts(analysis: Analysis) -> dict[str, _Chart]:
         ("both", oracle.both, ""),
       ],
     ),
-    "gain": _chart(
+    "gain": chart(
       "What mending mistakes would gain",
       "mistake",
       [(name, gain, "") for name, gain in analysis.errors.gain.items()],
       colored=True,
     ),
   }
-
-
-def _chart(title: str, axis: str, bars: list[tuple[str, float, str]], colored: bool = False) -> _Chart:
-  largest = max((value for _, value, _ in bars if not math.isnan(value)), default=0.0)
-  step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25) if largest <= 4 * step or step == 0.25)
-  return _Chart(title, axis, bars, 4 * step, [index * step for index in range(5)], colored)
 
 
 def _heat_map(confusion: Confusion, label_map: Mapping[int, str]) -> list[_HeatRow]:
@@ -383,40 +330,10 @@ def _picture(example: Example, label_map: Mapping[int, str], frames: Frames | No
 def _jpeg(image: np.ndarray, size: tuple[int, int]) -> str:
   small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if size[0] < image.shape[1] else cv2.INTER_CUBIC)
   _, data = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 84])
-  return _data_uri("image/jpeg", data.tobytes())
+  return data_uri("image/jpeg", data.tobytes())
 
 
 def _curve(precision: np.ndarray, width: float, height: float) -> str:
   """Points of an SVG path, up to the largest recall."""
   last = int(np.flatnonzero(precision).max(initial=0))
   return "L".join(f"{width * i / 100:.4g} {height * (1 - precision[i]):.4g}" for i in range(last + 1))
-
-
-def _duration(value: float) -> str:
-  minutes, seconds = divmod(round(value), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-def _percent(value: float) -> str:
-  return "–" if math.isnan(value) else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
-
-
-def _points(value: float) -> str:
-  return "–" if math.isnan(value) else f"{100 * value:+.1f}".replace("-", "−")
-
-
-def _number(value: Any) -> str:
-  if isinstance(value, int | np.integer):
-    return f"{int(value):,}"
-  return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
-
-
-def _video_source(video: Path, page: Path) -> str:
-  if video.stat().st_size <= _INLINE_VIDEO_BYTES:
-    return _data_uri("video/mp4", video.read_bytes())
-  return urllib.parse.quote(Path(os.path.relpath(video, page.parent)).as_posix())
-
-
-def _data_uri(kind: str, data: bytes) -> str:
-  return f"data:{kind};base64,{base64.b64encode(data).decode()}"

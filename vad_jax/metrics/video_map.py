@@ -198,7 +198,7 @@ def _check(truth: TubeGroundTruth, detections: TubeDetections, protocol: str, da
 
 
 def _check_same_videos(names: list[str], detections: TubeDetections) -> None:
-  present = {detections.videos[k] for k in np.unique(detections.video)}
+  present = set(detections.videos)  # nothing may be found in some
   for what, videos in (("without detections", set(names) - present), ("in the detections only", present - set(names))):
     if videos:
       some = ", ".join(sorted(videos)[:5]) + (", ..." if len(videos) > 5 else "")

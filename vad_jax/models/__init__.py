@@ -21,9 +21,9 @@ MODELS = {
 class System(Protocol):
   """What training, evaluation and prediction ask of a model. There is no base class: a model just has these members.
 
-  A model with something to see has ``maps(out, batch)`` as well, which gives maps of the padded keyframe, the frame at
-  ``T // 2``, by name: ``[B, h, w]``, or ``[B, h, w, 3]`` colours, in [0, 1]; ``class_attention`` is ``[B, N, K, h, w]``,
-  not negative: where slot ``n`` was looked at to judge class ``k``. One that classifies given boxes has
+  A model with something to see has ``maps(out, batch)`` as well, which gives maps of the padded keyframe, the frame
+  at ``T // 2``, by name: ``[B, h, w]``, or ``[B, h, w, 3]`` colours, in [0, 1]; ``class_attention`` is
+  ``[B, N, K, h, w]``, not negative: where slot ``n`` was looked at to judge class ``k``. One that classifies given boxes has
   ``takes_proposals = True``. The shape of its detections tells whether a model answers for every frame of its clip.
 
   Attributes:
