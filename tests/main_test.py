@@ -83,7 +83,7 @@ def test_train_and_evaluate(config: ConfigDict, tmp_path: Path, capsys: Any) -> 
 
 @pytest.fixture
 def tube_config(config: ConfigDict) -> ConfigDict:
-  config.data.tubes, config.data.seconds = True, 2
+  config.data.tubes = True
   config.clip = ConfigDict({"num_frames": 16, "frame_stride": 1, "fps": 25.0})
   config.model.tubes = True
   config.eval.every_epochs = 0.5

@@ -17,6 +17,7 @@ from vad_jax import annotations, checkpoint, detect, models, predict
 from vad_jax.batch import Detections
 from vad_jax.datasets.augment import place_on_canvas
 from vad_jax.datasets.loader import ClipSpec, KeyframeDataset, VideoFrames, eval_batches
+from vad_jax.datasets.tube_clips import cut
 from vad_jax.datasets.video import VideoError, VideoReader, VideoWriter
 
 FPS = 30.0
@@ -244,6 +245,135 @@ def test_maps_on_request(loaded, ramp, tmp_path, monkeypatch):
   sheet = cv2.imread(str(pictures[1]))[8:-8]
   heat = sheet[:, 8 : 8 + (sheet.shape[1] - 4 * 8) // 3]
   assert heat[:, :100].mean() > heat[:, -100:].mean() + 50
+
+
+class Looker(ClipReader):
+  """Slot 0 looks to the left for class 3, slot 1 to the right; what is below is padding."""
+
+  def maps(self, out, batch):
+    attention = jnp.zeros((len(batch["key"]), 3, 3, 4, 6)).at[:, 0, 2, 1, 0].set(0.5).at[:, 1, 2, 1, 4].set(0.25)
+    return {"class_attention": attention.at[..., 3, :].set(9)}
+
+
+def test_attention_of_each_person_and_class(loaded, ramp, tmp_path):
+  info = {**loaded.info, "label_map": {2: "middle", 3: "last / frame"}}
+  loaded = loaded._replace(model=Looker(), info=info)
+  result = predict.predict_video(loaded, ramp, tmp_path, draw=False, save_maps=True, action_threshold=0.0)
+  names = sorted(str(path.relative_to(result.maps)) for path in result.maps.rglob("*") if path.is_file())
+  assert [name for name in names if name.startswith("0002.000")] == [
+    "0002.000.npz",
+    "0002.000.png",
+    "0002.000/person1_class2_middle.png",
+    "0002.000/person1_class3_last_frame.png",
+    "0002.000/person2_class2_middle.png",
+    "0002.000/person2_class3_last_frame.png",
+  ]
+  with np.load(result.maps / "0002.000.npz") as arrays:
+    assert set(arrays) >= {"time", "boxes", "actor_score", "action_score", "class_attention", "class_id", "class_name"}
+    assert arrays["class_name"].tolist() == ["", "middle", "last / frame"]
+    # The first person is slot 1. The placed video is 48 of 64 rows high and 60 of 64 columns wide.
+    assert arrays["class_attention"].shape == (2, 3, 3, 6)
+    np.testing.assert_allclose(arrays["class_attention"][0, 2, 1], [0, 0, 0, 0, 0.25, 0])
+    np.testing.assert_allclose(arrays["class_attention"][1, 2, 1], [0.5, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(arrays["boxes"], result.keyframes[2].boxes)
+  left = cv2.imread(str(result.maps / "0002.000" / "person2_class3_last_frame.png")).astype(int)
+  right = cv2.imread(str(result.maps / "0002.000" / "person1_class3_last_frame.png")).astype(int)
+  height, width = left.shape[:2]
+  bright = (left - right)[height // 3 : 2 * height // 3].mean((0, 2))
+  assert bright[: width // 6].mean() > 50 and bright[-width // 3 : -width // 6].mean() < -50
+
+
+class TubeReader(ClipReader):
+  """Scores of every frame are its own brightness; frame ``i`` of a clip has its box at ``i / 1000``."""
+
+  def detections(self, out, batch):
+    brightness = out["brightness"]
+    size, length = brightness.shape
+    x = jnp.broadcast_to(jnp.arange(length)[:, None] / 1000, (length, 2))
+    boxes = jnp.stack([x, x + jnp.array([0.0, 0.5]), x + 0.3, x + jnp.array([0.4, 0.9])], -1)
+    scores = jnp.stack([brightness, 1 - brightness], -1)[:, :, None]
+    return Detections(
+      boxes=jnp.broadcast_to(boxes, (size, length, 2, 4)),
+      actor_score=jnp.broadcast_to(jnp.array([0.9, 0.2]), (size, length, 2)),
+      action_score=jnp.broadcast_to(scores, (size, length, 2, 2)),
+      valid=jnp.ones((size, 2), bool),
+    )
+
+
+@pytest.fixture(scope="module")
+def of_tubes(loaded):
+  clip = {"num_frames": 16, "frame_stride": 1, "fps": 25.0}
+  info = {**loaded.info, "model": {"name": "of tubes"}, "clip": clip, "label_map": {1: "bright", 2: "dark"}}
+  return loaded._replace(model=TubeReader(), info=info)
+
+
+def test_tubes_answer_for_every_frame_once(of_tubes, ramp, tmp_path):
+  """120 frames in clips of 16: the first clip begins with four frames that fill it up."""
+  result = predict.predict_video(of_tubes, ramp, tmp_path, batch_size=3)
+  times = np.arange(120) / FPS
+  np.testing.assert_allclose([keyframe.time for keyframe in result.keyframes], times, atol=1e-6)
+  for index, keyframe in enumerate(result.keyframes):
+    np.testing.assert_allclose(keyframe.boxes[:, 0], [(index + 4) % 16 / 1000], atol=1e-6)
+    np.testing.assert_allclose(keyframe.action_score[0, 0], 2 * index / 255, atol=0.012)
+  # Frames 39 to 119 are brighter than 0.3, and frames 0 to 89 darker than 0.7. The box jumps back a little
+  # where a clip ends.
+  assert [tube.action.name for tube in result.tubes] == ["dark", "bright"]
+  for tube, frames in zip(result.tubes, (np.arange(90), np.arange(39, 120)), strict=True):
+    assert abs(len(tube.times) - len(frames)) <= 2
+    assert tube.action.score == pytest.approx(
+      np.mean(2 * frames / 255 if tube.action.id == 1 else 1 - 2 * frames / 255), abs=0.02
+    )
+    np.testing.assert_allclose(tube.boxes[:, 0], (np.rint(tube.times * FPS) + 4) % 16 / 1000, atol=1e-6)
+
+  content = json.loads(result.json.read_text())
+  assert [keyframe["time"] for keyframe in content["keyframes"]] == [round(index / FPS, 6) for index in range(120)]
+  assert [(tube["id"], tube["action"]["name"], len(tube["boxes"])) for tube in content["tubes"]] == [
+    (number, tube.action.name, len(tube.times)) for number, tube in enumerate(result.tubes, 1)
+  ]
+  assert content["settings"]["stride"] is None
+  rows = annotations.read_ava_csv(result.csv)
+  np.testing.assert_allclose(np.unique(rows.timestamp), times, atol=1e-6)
+  with VideoReader(result.video) as reader:
+    assert sum(1 for _ in reader) == 120
+
+
+class TubeLooker(TubeReader):
+  def maps(self, out, batch):
+    return {"class_attention": jnp.ones((len(batch["key"]), 2, 2, 4, 6))}
+
+
+def test_maps_of_tubes_are_of_the_middle_of_clips(of_tubes, ramp, tmp_path):
+  of_tubes = of_tubes._replace(model=TubeLooker())
+  result = predict.predict_video(of_tubes, ramp, tmp_path, draw=False, save_maps=True, top_k=1)
+  pictures = sorted(float(path.stem) for path in result.maps.glob("*.png"))
+  np.testing.assert_allclose(pictures, (np.arange(8) * 16 + 4) / FPS, atol=1e-3)
+
+
+def test_a_video_shorter_than_a_clip(of_tubes, tmp_path):
+  with VideoWriter(tmp_path / "short.mp4", size=(64, 80), fps=FPS) as writer:
+    for index in range(5):
+      writer.write(np.full((64, 80, 3), 50 * index, np.uint8))
+  result = predict.predict_video(of_tubes, tmp_path / "short.mp4", tmp_path / "out")
+  found = [keyframe.action_score[0, 0] for keyframe in result.keyframes]
+  np.testing.assert_allclose(found, np.arange(5) * 50 / 255, atol=0.012)
+  assert result.tubes == []
+  with VideoReader(result.video) as reader:
+    assert sum(1 for _ in reader) == 5
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 8), (5, 8), (8, 8), (13, 8), (64, 32), (99, 40)])
+@pytest.mark.parametrize("known", [True, False])
+def test_consecutive_clips(count, length, known):
+  """Those of evaluation, where the number of frames is known; each frame once in any case."""
+  stream = ((float(number), np.array(number)) for number in range(1, count + 1))
+  found = list(detect.consecutive_clips(stream, length, count if known else None))
+  expected = [numbers.clip(1, count) for numbers in cut(count, length)]
+  assert len(found) == len(expected)
+  assert [time for moments, _ in found for time, _ in moments] == list(range(1, count + 1))
+  for (moments, clip), numbers in zip(found, expected, strict=True):
+    assert all(clip[place] == time for time, place in moments)
+    if known:
+      assert clip.tolist() == numbers.tolist()
 
 
 def test_model_without_maps(loaded, ramp, tmp_path, monkeypatch, capsys):

@@ -79,8 +79,8 @@ class Detector:
       stride: seconds between keyframes, see `clips`; tubes have every frame.
 
     Yields:
-      Time and detections (no batch axis) of each keyframe, and what was seen, if asked for. Of tubes, of each frame, and
-      what was seen in the middle one of a clip.
+      Time and detections (no batch axis) of each keyframe, and what was seen, if asked for. Of tubes these are of each
+      frame, and what was seen of the middle one of a clip.
     """
     placed = ((time, self._place(frame[None])[0][0]) for time, frame in frames)
     if self.tubes:

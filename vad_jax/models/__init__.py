@@ -7,11 +7,13 @@ from flax import nnx
 from vad_jax.batch import Array, Batch, Detections
 from vad_jax.models.action_transformer import ActionTransformer
 from vad_jax.models.bmvit import BMViT
+from vad_jax.models.class_query import ClassQuery
 from vad_jax.models.evad import EVAD
 from vad_jax.models.st_context import SpatioTemporalContext
 
 MODELS = {
   "evad": EVAD,
+  "class_query": ClassQuery,
   "bmvit": BMViT,
   "action_transformer": ActionTransformer,
   "st_context": SpatioTemporalContext,
@@ -23,8 +25,8 @@ class System(Protocol):
 
   A model with something to see has ``maps(out, batch)`` as well, which gives maps of the padded keyframe, the frame
   at ``T // 2``, by name: ``[B, h, w]``, or ``[B, h, w, 3]`` colours, in [0, 1]; ``class_attention`` is
-  ``[B, N, K, h, w]``, not negative: where slot ``n`` was looked at to judge class ``k``. One that classifies given boxes has
-  ``takes_proposals = True``. The shape of its detections tells whether a model answers for every frame of its clip.
+  ``[B, N, K, h, w]``, not negative: where slot ``n`` was looked at to judge class ``k``. One that classifies given
+  boxes has ``takes_proposals = True``. The shape of its detections tells if it answers for every frame of a clip.
 
   Attributes:
     class_parameters: regular expression of the paths of parameters whose shape follows the number of classes.
