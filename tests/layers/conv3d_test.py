@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vad_jax.layers.conv3d import BatchNorm, Conv3D, convolve, max_pool, same_padding
+from vad_jax.layers.conv3d import (
+  BatchNorm,
+  Conv3D,
+  DepthwiseConv3D,
+  convolve,
+  convolve_depthwise,
+  max_pool,
+  same_padding,
+)
 
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # in half the time
 
@@ -64,6 +72,39 @@ def test_accelerators_compute_the_same(monkeypatch) -> None:
   there = convolve(x, kernel, *arguments)
   assert str(jax.make_jaxpr(lambda: convolve(x, kernel, *arguments))()).count("conv_general_dilated[") == 1
   np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (2, 1, 1), (1, 2, 3)])
+def test_depthwise_convolution_and_gradients_are_those_of_xla(stride, monkeypatch) -> None:
+  """On accelerators it is XLA's own."""
+  graphdef, state = nnx.split(DepthwiseConv3D(5, stride=stride, rngs=nnx.Rngs(0)))
+  x = random(2, 6, 9, 11, 5)
+
+  def output_and_gradients(backend):
+    def run(x, state):  # made anew, or else it would be compiled only once
+      out, backward = jax.vjp(lambda x, state: nnx.merge(graphdef, state)(x), x, state)
+      return out, *backward(random(*out.shape))
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert ("feature_group_count=5" in str(jax.make_jaxpr(run)(x, state))) == (backend != "cpu")
+    return compiled(run)(x, state)
+
+  ours, theirs = map(output_and_gradients, ("cpu", "tpu"))
+  assert ours[0].shape == (2, *(-(-n // step) for n, step in zip((6, 9, 11), stride, strict=True)), 5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
+
+
+def test_depthwise_convolution_by_hand() -> None:
+  """An impulse gives the mirrored kernel; sums in half precision are exact before they are rounded."""
+  kernel = random(3, 1, 5, 1, 2)
+  out = convolve_depthwise(jnp.zeros((1, 5, 3, 7, 2)).at[0, 2, 1, 3].set(1), kernel, (1, 1, 1))
+  np.testing.assert_array_equal(out[0, 1:4, 1, 1:6], kernel[::-1, 0, ::-1, 0])
+  assert np.count_nonzero(out) == kernel.size
+  ones = jnp.ones((1, 3, 3, 3, 1), jnp.bfloat16)
+  layer = DepthwiseConv3D(1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  layer.kernel = nnx.Param(jnp.full((3, 3, 3, 1, 1), 1 + 1 / 256, jnp.float32))  # a 1 in half precision
+  assert layer(ones).dtype == jnp.bfloat16
+  assert layer(ones)[0, 1, 1, 1, 0] == jnp.bfloat16(27 * (1 + 1 / 256))
 
 
 def test_same_padding() -> None:
