@@ -310,7 +310,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _report(result: Prediction) -> None:
   people = sum(len(keyframe.boxes) for keyframe in result.keyframes)
-  print(f"{result.source}: {people} people in {len(result.keyframes)} keyframes")
+  print(f"{result.source}: {people} people in {len(result.keyframes)} keyframes", end="")
+  print("" if result.tubes is None else f", {len(result.tubes)} tubes")
   if not people:
     print("  nothing passed the thresholds; try a lower --actor-threshold")
   elif not any(actions for keyframe in result.keyframes for actions in keyframe.actions):
@@ -335,7 +336,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--output-dir", default="predictions", type=Path, help="default: %(default)s")
   keyframes = parser.add_mutually_exclusive_group()
   keyframes.add_argument(
-    "--stride", default=1.0, type=_positive, help="seconds between keyframes; default: %(default)s"
+    "--stride",
+    default=1.0,
+    type=_positive,
+    help="seconds between keyframes; default: %(default)s. Systems for tubes answer for every frame in any case",
   )
   keyframes.add_argument(
     "--every-frame", dest="stride", action="store_const", const=None, help="every frame is a keyframe (slow)"
@@ -358,7 +362,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--save-maps",
     action="store_true",
-    help="write pictures of what the model sees where, for models that have such maps",
+    help="write pictures (and arrays) of what the model sees where, for models that have such maps",
   )
   options = parser.parse_args(arguments)
   stems = [video.stem for video in options.video]

@@ -12,6 +12,9 @@ import pytest
 from vad_jax.annotations import Rows
 from vad_jax.metrics import report
 from vad_jax.metrics.analysis import analyse
+from vad_jax.metrics.tube_report import write_tube_report
+from vad_jax.metrics.video_map import video_map
+from vad_jax.tubes import Tube, TubeDetections, TubeGroundTruth, Video
 
 _LABELS = {1: "stand", 2: "walk <fast>", 5: "sleep"}
 
@@ -225,3 +228,29 @@ def test_scalars():
   assert found["gain/missed"] == pytest.approx(0.25)
   assert found["mean_ap_by_actors/1"] == 1.0
   assert all(isinstance(value, float) and np.isfinite(value) for value in found.values())
+
+
+def test_tubes(tmp_path):
+  """Both kinds of mAP over IoUs and by class; a class that the protocol leaves out is not made up."""
+  boxes = np.column_stack([np.arange(1, 21), np.tile([10.0, 10, 50, 90], (20, 1))])
+  truth = TubeGroundTruth(
+    ["stand", "walk <fast>", "sleep"],
+    {name: Video(20, (100, 100), [Tube(label, boxes)], 25.0) for label, name in enumerate("ab")},
+    [([], ["a", "b"])],
+  )
+  scores = np.repeat([[0.9, 0.1, 0.1], [0.8, 0.2, 0.1]], 20, axis=0).astype(np.float32)
+  frame = np.tile(np.arange(1, 21, dtype=np.int32), 2)
+  found = TubeDetections(
+    *(["a", "b"], np.repeat([0, 1], 20), frame), np.tile(boxes[:, 1:], (2, 1))[:, None], np.ones(40), scores
+  )
+  result = video_map(truth, found, protocol="class_query", dataset="jhmdb")
+  kwargs = {"metrics": {"wall_seconds": 75.0, "step": 12}, "train_counts": {1: 3, 2: 1234, 3: 5}}
+  write_tube_report(tmp_path / "tubes.html", result, title="A run & more", facts={"data set": "mine"}, **kwargs)
+  page = _Page((tmp_path / "tubes.html").read_text(encoding="utf-8"))
+  for text in ("A run & more", "class_query, rules of jhmdb", "1 min 15 s", "walk <fast> 100.0 % 100.0 % 20 1 2 1,234"):
+    assert text in page.text.replace("\N{NO-BREAK SPACE}", " ")
+  assert re.search(r"sleep –\s+0\.0 %\s+0 0 \d 5", page.text.replace("\N{NO-BREAK SPACE}", " "))
+  assert page.text.index("walk <fast>") < page.text.index("stand")  # by training tubes
+  numbers = json.loads((tmp_path / "tubes.json").read_text())
+  assert numbers["result"]["summary"] == result.summary
+  assert numbers["result"]["frame_ap"]["0.5"][2] is None

@@ -63,11 +63,12 @@ def test_images_without_actors(method):
   assert match(jnp.ones((2, 4, 0)), jnp.zeros((2, 0), bool), method).shape == (2, 4, 0)
 
 
+@pytest.mark.parametrize("frames", [(), (3,)], ids=["keyframes", "tubes"])
 @pytest.mark.parametrize("method", METHODS)
-def test_sharded_like_one_device(method):
+def test_sharded_like_one_device(method, frames):
   mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
   rng = np.random.default_rng(2)
-  costs, valid = rng.normal(size=(3, 8, 10, 4)).astype(np.float32), rng.random((8, 4)) < 0.7
+  costs, valid = rng.normal(size=(3, 8, *frames, 10, 4)).astype(np.float32), rng.random((8, *frames, 4)) < 0.7
   expected = np.asarray(match(jnp.asarray(costs), jnp.asarray(valid), method))
   spec = PartitionSpec(None, ("data", "fsdp"))
   with jax.set_mesh(mesh):
@@ -77,7 +78,7 @@ def test_sharded_like_one_device(method):
     )
     found = compiled.compile()(sharded, jax.device_put(valid, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))))
   np.testing.assert_array_equal(found, expected)
-  assert found.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4)
+  assert found.sharding.is_equivalent_to(NamedSharding(mesh, spec), costs.ndim)
   assert "all-gather" not in compiled.compile().as_text()
 
 

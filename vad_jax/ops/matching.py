@@ -26,8 +26,8 @@ def match(costs: Array, valid: Array, method: Method = "device") -> Array:
   flows.
 
   Args:
-    costs: ``[..., B, N, M]``.
-    valid: ``[B, M]`` bool (or any shape that broadcasts to ``[..., B, M]``), False for padded actors.
+    costs: ``[..., B, N, M]``, of tubes ``[..., B, T, N, M]``.
+    valid: ``[B, M]`` bool, of tubes ``[B, T, M]``, False for padded actors.
     method: solver.
 
   Returns:
@@ -40,7 +40,7 @@ def match(costs: Array, valid: Array, method: Method = "device") -> Array:
   columns = jnp.broadcast_to(valid[..., None, :], costs.shape)
   if method not in _SOLVERS:
     raise ValueError(f"unknown matcher {method!r}: choose {' or '.join(_SOLVERS)}")
-  return _on_every_shard(_SOLVERS[method], _prepare(costs, columns)) & columns
+  return _on_every_shard(_SOLVERS[method], _prepare(costs, columns), costs.ndim - valid.ndim - 1) & columns
 
 
 def _prepare(costs: Array, columns: Array) -> Array:
@@ -58,13 +58,13 @@ def _prepare(costs: Array, columns: Array) -> Array:
   return jnp.where(columns, costs, spread * (min(costs.shape[-2:]) + 2) ** 2)
 
 
-def _on_every_shard(solve: Callable[[Array], Array], costs: Array) -> Array:
+def _on_every_shard(solve: Callable[[Array], Array], costs: Array, batch_axis: int) -> Array:
   """Solves the images where they are: nothing is gathered, within a host or across hosts."""
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
   if not axes or mesh.size == 1:
     return solve(costs)
-  spec = jax.sharding.PartitionSpec(*([None] * (costs.ndim - 3)), axes)
+  spec = jax.sharding.PartitionSpec(*([None] * batch_axis), axes)
   return jax.shard_map(solve, in_specs=spec, out_specs=spec, check_vma=False)(costs)
 
 
