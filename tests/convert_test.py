@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.io
 from flax import nnx
 from safetensors.numpy import save_file
 
 from tests import golden_files, seeded
 from tests.models.evad_parity_test import official_weights
 from vad_jax import checkpoint, convert, models
+from vad_jax.backbones import csn
+from vad_jax.backbones.csn import CSN
 from vad_jax.backbones.hiera import Hiera
 from vad_jax.backbones.i3d import I3D
 from vad_jax.backbones.mvit import MViT
@@ -363,15 +366,16 @@ def shuffled(model: nnx.Module) -> nnx.Module:
     ("slowfast", {"head.projection.bias": (400,), "s1_fuse.bn.num_batches_tracked": ()}),
     ("slowfast_pytorchvideo", {"blocks.6.proj.bias": (400,), "detection_head.proj.weight": (80, 2304)}),
     ("slowfast_caffe2", {"pred_w": (400, 2304), "conv1_w_momentum": (3,), "lr": (), "model_iter": ()}),
+    ("csn50", {"last_out_L400_w": (400, 2048), "__globals__": (0,), "comp_0_conv_1_w_momentum": (3,)}),
   ],
 )
 def test_convolutional_backbones(source: str, extra: dict[str, tuple[int, ...]]) -> None:
   """Running statistics are loaded as well, and every layout gives the same network."""
-  make = (
-    (lambda: I3D(width=0.125, rngs=nnx.Rngs(0)))
-    if source.startswith("i3d")
-    else lambda: SlowFast(**SMALL, rngs=nnx.Rngs(0))
-  )
+  make = {
+    "i3d": lambda: I3D(width=0.125, rngs=nnx.Rngs(0)),
+    "slowfast": lambda: SlowFast(**SMALL, rngs=nnx.Rngs(0)),
+    "csn50": lambda: CSN(**csn.VARIANTS["csn50"], width=4, rngs=nnx.Rngs(0)),
+  }[source.split("_")[0]]
   model = shuffled(make())
   weights = published(model, source)
   if source == "i3d_pytorch":  # these files have scales, which are one
@@ -387,6 +391,26 @@ def test_convolutional_backbones(source: str, extra: dict[str, tuple[int, ...]])
     weights[norms[0].replace("bias", "weight")] *= 2
     with pytest.raises(convert.ConversionError, match="is not one everywhere"):
       convert.load_reference(again, weights)
+
+
+def test_matlab_file(tmp_path: Path, capsys: Any) -> None:
+  """In it, vectors are ``[1, C]``."""
+  model = shuffled(CSN(**csn.VARIANTS["csn152"], width=2, rngs=nnx.Rngs(0)))
+  weights = published(model, "csn152")
+  path, output = tmp_path / "irCSN_152.mat", tmp_path / "weights" / "csn152"
+  scipy.io.savemat(path, {**weights, "last_out_L359_b": np.zeros(359), "lr": 0.1, "iterations": "7"})
+  assert convert.main([f"--input={path}", f"--output={output}"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  for line in (
+    "         source  csn152",
+    "    transposed  shortcut_projection_47_w -> stages.3.0.shortcut.layers.0.kernel (1, 1, 1, 32, 64)",
+    "        loaded  shortcut_projection_11_spatbn_riv -> stages.2.0.shortcut.layers.1.var (32,)",
+    "       skipped  lr (1, 1): state of the training",
+  ):
+    assert line.strip() in map(str.strip, lines)
+  again = CSN(**csn.VARIANTS["csn152"], width=2, rngs=nnx.Rngs(1))
+  convert.load_reference(again, output)
+  assert_same(model, again)
 
 
 @pytest.mark.parametrize("source", ["slowfast_detector", "slowfast_detector_pytorchvideo"])

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vad_jax.backbones import hiera, i3d, mvit, slowfast, vit
+from vad_jax.backbones import csn, hiera, i3d, mvit, slowfast, vit
 from vad_jax.models import evad, st_context
 
 Name = str | tuple[str, ...]  # several published tensors are stacked along their first axis
@@ -70,6 +70,7 @@ BACKBONES = {
   "hiera": Backbone(hiera.Hiera, resize=hiera.resize_table),
   "i3d": Backbone(i3d.I3D, homes=("backbone", "i3d_head"), spare=r"(Mixed_5[bc]|(?i:logits))[./].*"),
   "slowfast": Backbone(slowfast.SlowFast),
+  "csn": Backbone(csn.CSN),
 }
 _NON_COMMERCIAL = "CC-BY-NC 4.0: no commercial use"
 _CLASSIFIER = "classifies whole clips"
@@ -97,6 +98,7 @@ _HIERA = Source(
 )
 
 _COUNTERS = {r".*\.num_batches_tracked": "counts the batches of training"}
+_CAFFE2_TRAINING = {r"(.*_)?(momentum|lr)|model_iter": "state of the training"}
 _REGIONS = "classifies clips or regions"
 _I3D = Source(
   "Inception-I3D (RGB) of kinetics-i3d",
@@ -108,6 +110,19 @@ _I3D = Source(
   prefix=r"(RGB/inception_i3d/)?",
   skip={r"Logits/.*": _CLASSIFIER, r".*/Momentum": "state of the training"},
   channels_last=True,
+)
+_CSN = Source(
+  "ir-CSN-152, trained on IG-65M or Kinetics, in Caffe2 blobs",
+  "Apache 2.0",
+  (r"conv1_spatbn_relu_s .*", r"shortcut_projection_47_w .*"),
+  csn.caffe2_names(csn.VARIANTS["csn152"]["depths"]),
+  "csn",
+  csn.reference_arguments,
+  skip={
+    r"last_out_L\d+_[wb]": _CLASSIFIER,
+    r"__(header|version|globals)__": "says what wrote the file",  # SciPy adds it to what it reads
+    **_CAFFE2_TRAINING,
+  },
 )
 _SLOWFAST = Source(
   "SlowFast of PySlowFast",
@@ -195,6 +210,12 @@ SOURCES = {
     ones=r".*\.bn\.weight",
     channels_last=False,
   ),
+  "csn152": _CSN,
+  "csn50": _CSN._replace(
+    title="ir-CSN-50, trained on IG-65M or Kinetics, in Caffe2 blobs",
+    marks=(r"conv1_spatbn_relu_s .*", r"shortcut_projection_13_w .*"),
+    names=csn.caffe2_names(csn.VARIANTS["csn50"]["depths"]),
+  ),
   "slowfast_detector": _SLOWFAST_DETECTOR,
   "slowfast_detector_pytorchvideo": _SLOWFAST_DETECTOR._replace(
     title="SlowFast detector of PyTorchVideo, trained on AVA",
@@ -213,7 +234,7 @@ SOURCES = {
     marks=(r"t_conv1_w .*", r"t_pool1_subsample_w .*"),
     names=slowfast.CAFFE2_NAMES,
     prefix="",
-    skip={r"pred_[wb]": _CLASSIFIER, r".*_momentum|lr|model_iter": "state of the training"},
+    skip={r"pred_[wb]": _CLASSIFIER, **_CAFFE2_TRAINING},
   ),
   "slowfast": _SLOWFAST,
 }

@@ -94,7 +94,7 @@ def random_state(state: nnx.State) -> nnx.State:
 
 
 def small(**arguments) -> csn.CSN:
-  graphdef, state = parts(**SMALL, **arguments)
+  graphdef, state = parts(**{**SMALL, **arguments})
   return nnx.merge(graphdef, random_state(state))
 
 
@@ -109,8 +109,9 @@ def test_last_stride() -> None:
 
 
 def train(video, **arguments):
-  """Maps, gradients, and statistics before and after, of a small network in training."""
-  graphdef, params, before = checkpoint.split_model(nnx.view(small(**arguments), deterministic=False))
+  """Maps, gradients, and statistics before and after, of the first half of a network in training."""
+  model = nnx.view(small(depths=(1, 1, 0, 0), **arguments), deterministic=False)
+  graphdef, params, before = checkpoint.split_model(model)
 
   def loss(params, video):
     model = nnx.merge(graphdef, params, before)
