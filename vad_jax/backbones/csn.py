@@ -1,13 +1,12 @@
 """Channel-separated residual networks for video: ir-CSN (Tran et al., ICCV 2019).
 
 ``[B, T, H, W, 3]`` becomes three maps: ``[B, T/2, H/8, W/8, 512]``, ``[B, T/4, H/16, W/16, 1024]`` and ``[B, T/8,
-H/16, W/16, 2048]``, lengths rounded up. What sees time and space are depthwise convolutions only; channels meet in
-1 x 1 x 1 ones.
+H/16, W/16, 2048]``, lengths rounded up. Behind the stem, convolutions either look around, each channel by itself, or
+mix the channels of one place.
 
-Every parameter fits the weights that were published for Caffe2, and those of the detectors that start from them.
+Every parameter fits the weights that were published for Caffe2, and those of the detectors that started from them.
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -66,17 +65,17 @@ class CSN(nnx.Module):
       raise ValueError(f"unknown norm {norm!r}: choose frozen or batch")
     if len(depths) != 4:
       raise ValueError(f"depths {tuple(depths)}: CSN has four stages")
-    self.remat = remat
-    options: dict[str, Any] = {"frozen": norm == "frozen", "dtype": dtype, "rngs": rngs}
+    self.remat, frozen = remat, norm == "frozen"
     padding = ((1, 1), (3, 3), (3, 3))
     self.conv1 = Conv3D(3, width, (3, 7, 7), stride=(1, 2, 2), padding=padding, dtype=dtype, rngs=rngs)
-    self.norm1 = BatchNorm(width, epsilon=EPSILON, frozen=norm == "frozen", rngs=rngs)
+    self.norm1 = BatchNorm(width, epsilon=EPSILON, frozen=frozen, rngs=rngs)
     strides = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2) if last_stride else (2, 1, 1))
     channels, self.stages = width, nnx.List([])
     for stage, (depth, stride) in enumerate(zip(depths, strides, strict=True)):
       blocks, features = nnx.List([]), width * 2**stage
       for index in range(depth):
-        blocks.append(Bottleneck(channels, features, (1, 1, 1) if index else stride, **options))
+        step = (1, 1, 1) if index else stride
+        blocks.append(Bottleneck(channels, features, step, frozen=frozen, dtype=dtype, rngs=rngs))
         channels = 4 * features
       self.stages.append(blocks)
     self.widths = 8 * width, 16 * width, 32 * width
@@ -84,7 +83,8 @@ class CSN(nnx.Module):
   def layers(self, video: Array) -> Iterator[Array]:
     """Maps ``[B, t, h, w, C]``: after the stem, then each stage."""
     x = jax.nn.relu(self.norm1(self.conv1(video)))
-    yield (x := max_pool(x, (1, 3, 3), (1, 2, 2), ((0, 0), (1, 1), (1, 1))))
+    x = max_pool(x, (1, 3, 3), (1, 2, 2), ((0, 0), (1, 1), (1, 1)))
+    yield x
     run = nnx.remat(Bottleneck.__call__) if self.remat else Bottleneck.__call__
     for blocks in self.stages:
       for block in blocks:
@@ -97,7 +97,10 @@ class CSN(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-  """Residual block: to few channels, a depthwise convolution, to many channels. (Other CSNs have a ``conv2``.)"""
+  """Residual block: to few channels, a depthwise convolution, to many channels.
+
+  Layers have their published numbers; a ``conv2`` is in other kinds of CSN only.
+  """
 
   def __init__(self, channels: int, width: int, stride: Size, *, frozen: bool, dtype: jnp.dtype | None, rngs: nnx.Rngs):
     def norm(features: int) -> BatchNorm:
@@ -106,9 +109,11 @@ class Bottleneck(nnx.Module):
     self.conv1, self.norm1 = Conv3D(channels, width, (1, 1, 1), dtype=dtype, rngs=rngs), norm(width)
     self.conv3, self.norm3 = DepthwiseConv3D(width, stride=stride, dtype=dtype, rngs=rngs), norm(width)
     self.conv4, self.norm4 = Conv3D(width, 4 * width, (1, 1, 1), dtype=dtype, rngs=rngs), norm(4 * width)
-    same = channels == 4 * width
-    project = functools.partial(Conv3D, channels, 4 * width, (1, 1, 1), stride=stride, dtype=dtype, rngs=rngs)
-    self.shortcut = None if same else nnx.Sequential(project(), norm(4 * width))
+    self.shortcut = (
+      nnx.Sequential(Conv3D(channels, 4 * width, (1, 1, 1), stride=stride, dtype=dtype, rngs=rngs), norm(4 * width))
+      if channels != 4 * width
+      else None
+    )
 
   def __call__(self, x: Array) -> Array:
     """``[B, T, H, W, C]`` to ``[B, t, h, w, 4 * width]``."""

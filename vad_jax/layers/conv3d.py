@@ -200,9 +200,9 @@ def convolve_depthwise(x: Array, kernel: Array, stride: Size) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _sum_of_products(x: Array, kernel: Array, stride: Size) -> Array:
-  """``convolve_depthwise`` for CPUs, where XLA makes one loop of it, many times faster than its grouped convolution.
+  """``convolve_depthwise`` for CPUs, where XLA makes one loop of it, hundreds of times faster than its own convolution.
 
-  So is the gradient written out here; the derived one would be several times slower than this.
+  The gradient is written out, since the derived one would be several times slower.
   """
   with jax.named_scope("depthwise"):
     padded, window = _pad_windows(x, kernel), kernel.shape[:3]
