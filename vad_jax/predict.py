@@ -189,7 +189,9 @@ def _link(result: Prediction) -> list[ActionTube]:
     found = Candidates(np.zeros(len(rows), np.int64), frame, boxes[:, None], score)
     for tube in link_greedily(found, np.array([len(times)])):
       index = tube.boxes[:, 0].astype(np.int64) - 1
-      tubes.append(ActionTube(Action(class_id, name, tube.score), times[index], tube.boxes[:, 1:] / size))
+      tubes.append(
+        ActionTube(Action(class_id, name, tube.score), times[index], (tube.boxes[:, 1:] / size).astype(np.float32))
+      )
   return sorted(tubes, key=lambda tube: (tube.times[0], tube.action.id))
 
 

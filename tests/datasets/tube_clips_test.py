@@ -1,11 +1,13 @@
 """Videos in clips: every frame once, boxes on their frames, filling without targets."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests import numbered_video
+from vad_jax import datasets
 from vad_jax.datasets.augment import Augment
 from vad_jax.datasets.loader import ClipSpec, VideoFrames, eval_batches, train_batches
 from vad_jax.datasets.tube_clips import TubeDataset, cut
@@ -87,6 +89,30 @@ def test_actions_of_a_person_are_one_target(frames):
   np.testing.assert_array_equal(second["labels"][:6, 0], [[1, 0, 1]] * 6)
   (batch,) = eval_batches(dataset, batch_size=2, **PLACE)
   np.testing.assert_array_equal(batch["labels"][0, :, :2], first["labels"])
+
+
+def test_rendered_people_open_as_tubes():
+  """What keyframes are annotated with is what their frames have."""
+  sample = Path(__file__).parents[2] / "data" / "sample"
+  clip = ClipSpec(num_frames=16, frame_stride=1, fps=25)
+  dataset = datasets.open_directory(sample, reader="video", tubes=True, clip=clip)["val"]
+  keyframes = datasets.open_directory(sample, reader="video", clip=clip)["val"]
+  classes = np.array([keyframes.label_map[index] for index in sorted(keyframes.label_map)])
+  assert list(dataset.label_map.values()) == classes.tolist()
+  assert len(keyframes) > 3
+  for keyframe in keyframes.keyframes:
+    frame = round(keyframe.timestamp * 25) + 1
+    index = next(i for i, (name, numbers) in enumerate(dataset.clips) if name == keyframe.video and frame in numbers)
+    example, row = dataset[index], frame - dataset.clips[index].frames[0]
+    there = example["box_mask"][row]
+    found = {
+      (*box.round(4), *classes[labels > 0])
+      for box, labels in zip(example["boxes"][row, there], example["labels"][row, there], strict=True)
+    }
+    expected = zip(keyframe.boxes, keyframe.labels[:, np.array(sorted(keyframes.label_map)) - 1], strict=True)
+    assert found == {(*box.round(4), *classes[labels > 0]) for box, labels in expected}
+  with pytest.raises(ValueError, match="tubes come without given boxes"):
+    datasets.open_directory(sample, tubes=True, oracle=True)
 
 
 def test_batches_have_targets_in_every_frame(dataset):
