@@ -107,6 +107,7 @@ def load_reference(
   source: str | None = None,
   reinit_head: bool = False,
   resize_positions: bool = False,
+  parts: str | None = None,
 ) -> LoadReport:
   """Fills a model's parameters in place.
 
@@ -117,6 +118,8 @@ def load_reference(
     source: one of ``SOURCES``; None finds it from the names.
     reinit_head: parameters that follow the number of classes keep their initial values where that number differs.
     resize_positions: tables of positions for another size of video are resized.
+    parts: regular expression of the paths of parameters to fill, as when a second stage takes the decoder of the first;
+      all others keep their values.
 
   Raises:
     ConversionError: a tensor is missing, left over or of another shape; nothing was changed then.
@@ -125,16 +128,21 @@ def load_reference(
   """
   if isinstance(weights, Mapping):
     source, kind, weights = _recognise(weights, source)
-    return _fill(model, weights, source, kind, reinit_head, resize_positions)
+    return _fill(model, weights, source, kind, reinit_head, resize_positions, parts)
   if checkpoint.is_checkpoint(weights):
     arrays, info = checkpoint.load_arrays(weights)
     builds = info["model"]["name"]
     own = Source(f"{builds} of {weights}", info.get("licence", ""), (), (), builds, dict)
-    return _fill(model, arrays, "vad_jax", own, reinit_head, resize_positions)
+    return _fill(model, arrays, "vad_jax", own, reinit_head, resize_positions, parts)
   file = weight_files.read(weights)
   try:
     report = load_reference(
-      model, file.tensors, source=source, reinit_head=reinit_head, resize_positions=resize_positions
+      model,
+      file.tensors,
+      source=source,
+      reinit_head=reinit_head,
+      resize_positions=resize_positions,
+      parts=parts,
     )
   except ConversionError as error:
     raise ConversionError(f"{weights}: {error}") from error
@@ -169,6 +177,7 @@ def _fill(
   kind: Source,
   reinit_head: bool,
   resize_positions: bool,
+  parts: str | None = None,
 ) -> LoadReport:
   """Fills a model, or its parts where the weights are for a backbone, from weights with bare names."""
   backbone = BACKBONES.get(kind.builds, Backbone(nnx.Module, homes=()))
@@ -177,8 +186,11 @@ def _fill(
   entries, problems, values, used = [], [], [], set()
   for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
     parameter, shape = ".".join(map(str, path)), variable.shape
-    if within and path[0] not in backbone.homes:
-      entries.append(TensorReport("", parameter, "missing", shape, "no part of the backbone"))
+    outside = "no part of the backbone" if within and path[0] not in backbone.homes else ""
+    if parts is not None and not re.fullmatch(parts, parameter):
+      outside = "not asked for"
+    if outside:
+      entries.append(TensorReport("", parameter, "missing", shape, outside))
       continue
     names = published_names(path[within:], kind)
     used.update(names)
@@ -190,12 +202,12 @@ def _fill(
     elif absent:
       problems.append(f"missing: {', '.join(absent)}, for {parameter} {shape}")
     else:
-      parts = [np.asarray(weights[name]) for name in names]
+      pieces = [np.asarray(weights[name]) for name in names]
       transposed = bool(kind.names) and not kind.channels_last and path[-1] == "kernel"
-      value, action = _to_our_layout(parts, shape, transposed=transposed)
+      value, action = _to_our_layout(pieces, shape, transposed=transposed)
       hint = ""
       if value is None and backbone.resize:
-        value, action = backbone.resize(str(path[-1]), parts[0], shape), "resized"
+        value, action = backbone.resize(str(path[-1]), pieces[0], shape), "resized"
         if value is not None and not resize_positions:
           value, hint = None, "; for another size of video, have positions resized"
       entries.append(TensorReport(published, parameter, action, shape))
@@ -206,9 +218,9 @@ def _fill(
       else:
         if re.fullmatch(head, parameter):
           hint = "; for other classes, have the head re-initialised"
-        problems.append(f"shape: {published} {parts[0].shape} does not fit {parameter} {shape}{hint}")
+        problems.append(f"shape: {published} {pieces[0].shape} does not fit {parameter} {shape}{hint}")
   left, complaints = _left_over(weights, used, kind, backbone.spare if within else "")
-  entries, problems = entries + left, problems + complaints
+  entries, problems = entries + left, problems + (complaints if parts is None else [])
   if problems:
     lines = "".join(f"\n  {line}" for line in problems[:_MOST_PROBLEMS])
     more = f"\n  and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
@@ -228,6 +240,12 @@ def _left_over(
     shape, reason = np.shape(weights[name]), _reason(kind.skip, name) or _known_positions(weights, name, kind)
     if not reason and re.fullmatch(spare, name):
       reason = "this detector has no part for it"
+    original = next((match.expand(other) for p, other in kind.same.items() if (match := re.fullmatch(p, name))), "")
+    if not reason and original in weights:
+      if not np.array_equal(weights[name], weights[original]):
+        problems.append(f"unused: {name} {shape} has other values than {original}, and should be the same tensor")
+        continue
+      reason = f"the same tensor as {original}"
     if not reason and re.fullmatch(kind.ones, name):
       if not np.all(np.asarray(weights[name]) == 1):
         problems.append(f"unused: {name} {shape} is not one everywhere, and our network has no such scale")
@@ -324,7 +342,7 @@ def convert(
     arguments = {**kind.arguments({name: np.shape(value) for name, value in weights.items()}), **options}
     make = BACKBONES[kind.builds].make if kind.builds in BACKBONES else models.MODELS[kind.builds]
     model = make(**arguments, rngs=nnx.Rngs(0))
-    info = {"model": {"name": kind.builds, **arguments}, "label_map": {}, **kind.info}
+    info = {"model": {"name": kind.builds, **arguments}, "label_map": {}, **kind.info(arguments)}
     if kind.builds in models.MODELS:
       info["label_map"] = _class_names(label_map, arguments["num_classes"])
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())

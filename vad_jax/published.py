@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vad_jax.backbones import csn, hiera, i3d, mvit, slowfast, vit
-from vad_jax.models import evad, st_context
+from vad_jax.models import class_query, evad, st_context
 
 Name = str | tuple[str, ...]  # several published tensors are stacked along their first axis
 NameRules = Sequence[tuple[str, Name | Callable[[re.Match[str]], Name]]]
@@ -29,7 +29,8 @@ class Source(NamedTuple):
     ones: pattern of published scales that must all be one, since our network has none there.
     channels_last: kernels are ``[*window, in, out]`` as ours.
     positions: pattern of published tables of positions, which must be those that we compute.
-    info: what inference has to know beside the model, see ``checkpoint.Loaded``.
+    same: pattern of published names of tensors that are there twice, to the other name, whose values must be equal.
+    info: from the arguments to what inference has to know beside the model, see ``checkpoint.Loaded``.
   """
 
   title: str
@@ -44,7 +45,8 @@ class Source(NamedTuple):
   ones: str = ""
   channels_last: bool = False
   positions: str = "pos_embed"
-  info: Mapping[str, Any] = {}
+  same: Mapping[str, str] = {}
+  info: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda arguments: {}
 
 
 class Backbone(NamedTuple):
@@ -142,7 +144,7 @@ _SLOWFAST_DETECTOR = _SLOWFAST._replace(
   arguments=st_context.reference_arguments,
   prefix=r"((module|model)\.)*",
   skip=_COUNTERS,
-  info={"clip": {"num_frames": 32, "frame_stride": 2, "fps": 30.0}, "canvas": (256, 480), "short_side": 256},
+  info=lambda _: {"clip": {"num_frames": 32, "frame_stride": 2, "fps": 30.0}, "canvas": (256, 480), "short_side": 256},
 )
 
 # A file is of the first kind whose marks it has.
@@ -155,7 +157,26 @@ SOURCES = {
     "evad",
     evad.reference_arguments,
     skip={r"criterion\.empty_weight": "a constant of the loss"},
-    info={"clip": {"num_frames": 16, "frame_stride": 4, "fps": 30.0}, "canvas": (288, 512), "short_side": 288},
+    info=lambda _: {
+      "clip": {"num_frames": 16, "frame_stride": 4, "fps": 30.0},
+      "canvas": (288, 512),
+      "short_side": 288,
+    },
+  ),
+  "class_query": Source(
+    "class-query detector",
+    _NON_COMMERCIAL,
+    (r"transformer\.decoder\.class_queries\.weight .*",),
+    class_query.REFERENCE_NAMES,
+    "class_query",
+    class_query.reference_arguments,
+    prefix=r"(module\.)*",
+    skip=_COUNTERS,
+    same={
+      r"(transformer\.decoder\.cls_layers\.\d+\.conv_blocks)\.[01](\..*)": r"\1.2\2",
+      r"transformer\.decoder\.(bbox_embed\..*)": r"\1",
+    },
+    info=class_query.reference_info,
   ),
   "videomae_hf": _VIDEOMAE._replace(
     title="VideoMAE ViT in Hugging Face layout",

@@ -2,7 +2,10 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
+
+from vad_jax.batch import Array
 
 
 @functools.cache
@@ -73,3 +76,33 @@ def grid_box_bias(h: int, w: int) -> np.ndarray:
   box = np.stack([x, y, np.full_like(x, 1 / w), np.full_like(x, 1 / w)], axis=-1)
   epsilon = 1e-4
   return (np.log(box + epsilon) - np.log1p(epsilon - box)).astype(np.float32)
+
+
+def volume_positions(mask: Array, frames: int, dim: int) -> Array:
+  """3-D sine-cosine positions that count cells which are not padding, of DETR with time as a third axis.
+
+  On each axis the cells count from just above 0 to one full turn. As in the released code of "Classification Matters",
+  channel ``i`` of ``n`` has its own frequency ``10000 ** (-i / n)``, so the sine and cosine of a pair differ in it.
+
+  Args:
+    mask: ``[B, h, w]`` bool, False for padding, which all frames share.
+    frames: ``t``.
+    dim: channels, a multiple of 8: a quarter for time, then three eighths each for rows and columns.
+
+  Returns:
+    ``[B, t, h, w, dim]`` float32.
+  """
+
+  def encode(count: Array, total: Array | int, channels: int) -> Array:
+    turn = (count / (total + 1e-6) * 2 * np.pi)[..., None]
+    angle = turn / np.float32(10000) ** (np.arange(channels, dtype=np.float32) / channels)
+    return jnp.where(np.arange(channels) % 2 == 0, jnp.sin(angle), jnp.cos(angle))
+
+  if dim % 8:
+    raise ValueError(f"3-D positions need a multiple of 8 channels, not {dim}")
+  counted = mask.astype(jnp.float32)
+  rows, columns = (encode(jnp.cumsum(counted, i), counted.sum(i, keepdims=True), 3 * dim // 8) for i in (1, 2))
+  time = encode(jnp.arange(frames + 1, dtype=jnp.float32), frames, dim // 4)
+  time = jnp.where(mask[:, None, :, :, None], time[1:, None, None], time[0])
+  space = (jnp.broadcast_to(x[:, None], (*time.shape[:-1], x.shape[-1])) for x in (rows, columns))
+  return jnp.concatenate([time, *space], -1)
