@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from tests import golden_files, seeded
-from vad_jax.layers.position import bicubic_matrix, grid_box_bias, linear_matrix, sincos_positions, video_positions
+from vad_jax.layers.position import (
+  bicubic_matrix,
+  grid_box_bias,
+  linear_matrix,
+  sincos_positions,
+  video_positions,
+  volume_positions,
+)
 
 
 def test_sine_and_cosine():
@@ -38,3 +45,19 @@ def test_linear_resize_equals_pytorch() -> None:
 def test_box_bias_equals_owl_vit(grid: str) -> None:
   bias = grid_box_bias(*map(int, grid.split("x"))).reshape(-1, 4)
   golden_files.assert_tap(bias, golden_files.load("mvit/grid_box_bias")[grid], 1e-6, grid)
+
+
+def test_volume_positions_equal_the_official_ones() -> None:
+  recorded = golden_files.load("class_query/positions")
+  mask = np.ones((2, *recorded["pos3d"]["thw"][1:]), bool)
+  h, w = recorded["pos3d"]["masked_sample"]["valid_hw"]
+  mask[1, h:], mask[1, :, w:] = False, False
+  positions = np.moveaxis(volume_positions(mask, 2, 256), -1, 1)
+  for sample in range(2):
+    golden_files.assert_tap(positions[sample], recorded["pos3d"][f"sample{sample}"], 2e-6, f"sample {sample}")
+  full = np.array(recorded["pos3d_32"]["value_full_sample0"])
+  small = volume_positions(mask[:1], 2, 32)
+  assert small.dtype == np.float32
+  np.testing.assert_allclose(np.moveaxis(small[0], -1, 0), full, atol=1e-6)
+  with pytest.raises(ValueError, match="multiple of 8 channels, not 36"):
+    volume_positions(mask, 2, 36)

@@ -17,6 +17,7 @@ from vad_jax.ops.deformable import Shape, sample_levels
 
 Normalizer = Literal["official", "paper"]
 _XAVIER = nnx.initializers.xavier_uniform()
+_CACHED = 2048  # queries that a CPU works on at a time
 
 
 class DeformableAttention(nnx.Module):
@@ -60,31 +61,34 @@ class DeformableAttention(nnx.Module):
     self.value_proj = nnx.Linear(dim, dim, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
     self.output_proj = nnx.Linear(dim, dim, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
 
-  def __call__(
-    self, query: Array, tokens: Array, references: Array, shapes: Sequence[Shape], mask: Array | None = None
-  ) -> Array:
+  def values(self, tokens: Array, mask: Array) -> Array:
+    """What can be seen, ``[B, heads, S, D / heads]``.
+
+    Args:
+      tokens: ``[B, S, D]``, cells of all maps one after the other, each map in the order time, row, column.
+      mask: ``[B, S]`` bool, False for padding, which looks like zeros.
+    """
+    values = jnp.where(mask[..., None], self.value_proj(tokens), 0)
+    return values.reshape(*mask.shape, self.heads, -1).swapaxes(1, 2)
+
+  def __call__(self, query: Array, values: Array, references: Array, shapes: Sequence[Shape]) -> Array:
     """Attends.
 
     Args:
       query: ``[B, Q, D]``.
-      tokens: ``[B, S, D]``, cells of all maps one after the other.
+      values: what ``values`` returned.
       references: ``[B, Q, levels, 3]`` where queries are: x, y, t in [0, 1] of each map.
       shapes: ``(t, h, w)`` of each map.
-      mask: ``[B, S]`` bool, False for padding, which counts as zero.
 
     Returns:
       ``[B, Q, D]``.
     """
-    values = self.value_proj(tokens)
-    if mask is not None:
-      values = jnp.where(mask[..., None], values, 0)
     offsets, logits = self._project(query)
     units = np.array(shapes, np.float32)[:, self.axes]
     references = references.transpose(2, 3, 0, 1).astype(offsets.dtype)
     locations = references[:, None, :, None] + offsets / units[:, None, :, None, None, None]
-    weights = jax.nn.softmax(logits, (0, 1))
-    found = sample_levels(values.reshape(*tokens.shape[:2], self.heads, -1).swapaxes(1, 2), shapes, locations, weights)
-    return self.output_proj(found.swapaxes(1, 2).reshape(*query.shape))
+    found = sample_levels(values, shapes, locations, jax.nn.softmax(logits, (0, 1)))
+    return self.output_proj(found.swapaxes(1, 2).reshape(query.shape))
 
   def _project(self, query: Array) -> tuple[Array, Array]:
     """Offsets ``[levels, points, 3, heads, B, Q]`` and logits ``[levels, points, heads, B, Q]``, float32 or more.
@@ -132,6 +136,7 @@ class EncoderLayer(nnx.Module):
     points: int,
     normalizer: Normalizer,
     dropout: float,
+    remat: bool,
     dtype: jnp.dtype | None,
     rngs: nnx.Rngs,
   ):
@@ -142,29 +147,50 @@ class EncoderLayer(nnx.Module):
     self.linear1 = nnx.Linear(dim, hidden, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
     self.linear2 = nnx.Linear(hidden, dim, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
     self.dropout = nnx.Dropout(dropout)
+    self.remat = remat
 
   def __call__(
     self,
     queries: tuple[Array, Array, Array],
     tokens: Array,
-    shapes: Sequence[Shape],
     mask: Array,
+    shapes: Sequence[Shape],
     rngs: nnx.Rngs | None = None,
   ) -> Array:
     """Runs the layer.
 
+    On a CPU some queries after the other go through it, so that what is computed of them stays in its caches.
+
     Args:
-      queries: the tokens that look, ``[B, Q, D]``, their positions ``[B, Q, D]`` and references ``[B, Q, levels, 3]``.
-      tokens, shapes, mask: what they look at, see ``DeformableAttention``.
+      queries: tokens that look, ``[B, Q, D]``, their positions ``[B, Q, D]`` and references ``[B, Q, levels, 3]``.
+      tokens: what they look at, ``[B, S, D]``.
+      mask: ``[B, S]`` bool, False for padding.
+      shapes: ``(t, h, w)`` of each map.
       rngs: stream ``dropout``; needed in training.
 
     Returns:
       ``[B, Q, D]``.
     """
-    x, positions, references = queries
-    drop = lambda values: self.dropout(values, rngs=rngs)  # noqa: E731
-    x = self.norm1(x + drop(self.self_attn(x + positions, tokens, references, shapes, mask)))
-    return self.norm2(x + drop(self.linear2(drop(jax.nn.relu(self.linear1(x))))))
+    batch, count, dim = queries[0].shape
+    turns = -(-count // _CACHED) if jax.default_backend() == "cpu" else 1
+    size = -(-count // turns)
+    values = self.self_attn.values(tokens, mask)
+
+    def turn(inputs: tuple[tuple[Array, Array, Array], Array | None]) -> Array:
+      (x, positions, references), key = inputs
+      rngs = None if key is None else nnx.Rngs(dropout=key)
+      drop = lambda x: self.dropout(x, rngs=rngs)  # noqa: E731
+      x = self.norm1(x + drop(self.self_attn(x + positions, values, references, shapes)))
+      return self.norm2(x + drop(self.linear2(drop(jax.nn.relu(self.linear1(x))))))
+
+    def split(x: Array) -> Array:
+      x = jnp.pad(x, [(0, 0), (0, turns * size - count)] + [(0, 0)] * (x.ndim - 2))
+      return jnp.moveaxis(x.reshape(batch, turns, size, *x.shape[2:]), 1, 0)
+
+    keys = None if rngs is None else jax.random.split(rngs.dropout(), turns)
+    turn = jax.checkpoint(turn) if self.remat else turn
+    out = jax.lax.map(turn, (tuple(map(split, queries)), keys))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, turns * size, dim)[:, :count]
 
 
 class Encoder(nnx.Module):
@@ -200,11 +226,9 @@ class Encoder(nnx.Module):
       dtype: computation type; None follows the parameters. Places and attention weights are float32 or more.
       rngs: source of the initial parameters.
     """
-    self.remat = remat
-    sizes: dict[str, Any] = {"levels": levels, "points": points, "normalizer": normalizer}
-    self.layers = nnx.List(
-      [EncoderLayer(dim, heads, hidden, **sizes, dropout=dropout, dtype=dtype, rngs=rngs) for _ in range(layers)]
-    )
+    options: dict[str, Any] = {"levels": levels, "points": points, "normalizer": normalizer, "dropout": dropout}
+    options |= {"remat": remat, "dtype": dtype, "rngs": rngs}
+    self.layers = nnx.List([EncoderLayer(dim, heads, hidden, **options) for _ in range(layers)])
 
   def __call__(
     self,
@@ -236,20 +260,16 @@ class Encoder(nnx.Module):
       parts = jnp.split(x, np.cumsum([np.prod(shape) for shape in shapes])[:-1], 1)
       return [part.reshape(len(x), *shape, *x.shape[2:]) for part, shape in zip(parts, shapes, strict=True)]
 
-    def run(layer: EncoderLayer, queries: tuple[Array, Array, Array], tokens: Array, rngs: nnx.Rngs | None) -> Array:
-      return layer(queries, tokens, shapes, mask, rngs)
-
     mask = flat([jnp.repeat(mask[:, None], t, 1) for mask, (t, _, _) in zip(masks, shapes, strict=True)])
-    run = nnx.remat(run) if self.remat else run
     x, places = flat(maps), (flat(positions), reference_points(shapes, masks))
     *first, last = self.layers
     for layer in first:
-      x = run(layer, (x, *places), x, rngs)
+      x = layer((x, *places), x, mask, shapes, rngs)
     if frames is None:
-      return split(run(last, (x, *places), x, rngs), shapes)
+      return split(last((x, *places), x, mask, shapes, rngs), shapes)
     wanted = [np.array(indices) for indices in frames]
     pick = lambda part: flat([level[:, i] for level, i in zip(split(part, shapes), wanted, strict=True)])  # noqa: E731
-    found = run(last, (pick(x), *map(pick, places)), x, rngs)
+    found = last((pick(x), *map(pick, places)), x, mask, shapes, rngs)
     return split(found, [(len(i), h, w) for i, (_, h, w) in zip(wanted, shapes, strict=True)])
 
 

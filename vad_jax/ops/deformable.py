@@ -68,7 +68,7 @@ def _sample(shapes: tuple[Shape, ...], table: Array, locations: Array, weights: 
 
     return total + jax.vmap(of_clip, (0, 2, 1))(table, *sample[:2]), None
 
-  start = jnp.zeros((batch, heads, queries, table.shape[-1]), jnp.result_type(locations, weights))
+  start = jnp.zeros((batch, heads, queries, table.shape[-1]), jnp.result_type(table, locations, weights))
   return jax.lax.scan(turn, start, (locations, weights, *_levels(shapes, locations)))[0]
 
 
@@ -89,8 +89,10 @@ def _sample_backward(
       spread = weight[..., None, None] * jnp.stack(factors, -1)[..., None] * gradient[:, :, None]
       total = total.at[rows].add(spread, mode="promise_in_bounds", wrap_negative_indices=False)
       # Sums of eight terms: XLA's reductions over a short last axis are slow.
-      along, of_weight = (sum(a * b for a, b in zip(seen, parts, strict=True)) for parts in (slopes, factors))
-      return total, weight * along, of_weight
+      along, interpolated = (
+        jnp.asarray(sum(a * b for a, b in zip(seen, parts, strict=True))) for parts in (slopes, factors)
+      )
+      return total, (weight * along).astype(location.dtype), interpolated.astype(weight.dtype)
 
     total, *gradients = jax.vmap(of_clip, (0, 0, 0, 2, 1), (0, 2, 1))(total, table, gradient, *sample[:2])
     return total, tuple(gradients)
