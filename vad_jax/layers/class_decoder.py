@@ -407,7 +407,7 @@ class Decoder(nnx.Module):
           "confidence_logits": self.confidence(hidden).astype(boxes.dtype),
           "action_logits": action.astype(boxes.dtype),
           "hidden": hidden,
-          "class_hidden": told,
+          **({} if told is None else {"class_hidden": told}),
           "references": reference,
         }
       )

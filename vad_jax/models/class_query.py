@@ -29,6 +29,7 @@ same weights, each predicted box is compared to the actor that it is matched to,
 belong to, and clips without people give finite numbers. The gradient of the sampling is the true one.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -54,6 +55,7 @@ from vad_jax.ops.pixels import normalize
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _WORKING = 2  # level whose grid the decoder sees
 _EPSILON = 1e-5
+_MOST_CELLS = 2**24  # numbers in the maps of all people that a device holds at a time, 64 MiB in float32
 
 
 class Variant(NamedTuple):
@@ -66,6 +68,7 @@ class Variant(NamedTuple):
     heads: of all attentions.
     hidden: channels inside feed-forward parts.
     encoder_layers, decoder_layers: how many.
+    points: samples that the encoder takes for each cell, head and level.
   """
 
   network: type[ViT] | type[CSN]
@@ -75,6 +78,7 @@ class Variant(NamedTuple):
   hidden: int = 2048
   encoder_layers: int = 6
   decoder_layers: int = 6
+  points: int = 8
 
 
 VARIANTS = {
@@ -87,8 +91,9 @@ VARIANTS = {
     dim=64,
     heads=4,
     hidden=128,
-    encoder_layers=2,
+    encoder_layers=1,
     decoder_layers=2,
+    points=4,
   ),
 }
 
@@ -209,7 +214,9 @@ class ClassQuery(nnx.Module):
     deformable = encoder == "deformable"
     self.encoded_levels = (0, 1, 2, 3) if deformable else (_WORKING,)
     self.encoder = (
-      Encoder(*shape, sizes.encoder_layers, normalizer=faithful, remat=remat, **parts) if deformable else None
+      Encoder(*shape, sizes.encoder_layers, points=sizes.points, normalizer=faithful, remat=remat, **parts)
+      if deformable
+      else None
     )
     self.plain_encoder = nnx.List(
       [] if deformable else [EncoderLayer(*shape, **parts) for _ in range(sizes.encoder_layers)]
@@ -316,7 +323,7 @@ class ClassQuery(nnx.Module):
     return jnp.stack(memory, 1)
 
   def _decode(self, memory: Array, positions: Array, mask: Array, rngs: nnx.Rngs | None) -> dict[str, Any]:
-    """Frames, one after the other, since each has maps of its own for every person."""
+    """All frames, or one after the other where they are many, since each has maps of its own for every person."""
     anchors = self.decoder.anchors[...].reshape(self.decoder.num_queries, -1, 4).swapaxes(0, 1)
     if len(anchors) != len(memory):
       raise ValueError(f"a clip of {len(memory)} frames: the network was built for num_frames={len(anchors)}")
@@ -335,7 +342,9 @@ class ClassQuery(nnx.Module):
       )
 
     decode = jax.checkpoint(decode) if self.remat else decode
-    out = jax.lax.map(decode, (memory, positions, anchors, keys))
+    cells = memory[:, 0].size * self.decoder.num_queries // max(jax.sharding.get_abstract_mesh().size, 1)
+    every = jax.vmap(decode) if cells <= _MOST_CELLS else functools.partial(jax.lax.map, decode)
+    out = every((memory, positions, anchors, keys))
     layers = out.pop("layers")
     return {**{name: jnp.moveaxis(values, 0, 2) for name, values in out.items()}, "layers": layers}
 
