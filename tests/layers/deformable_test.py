@@ -11,6 +11,7 @@ from flax import nnx
 from tests import golden_files, seeded
 from vad_jax.layers import deformable
 from vad_jax.layers.deformable import DeformableAttention, Encoder, initial_offsets, reference_points
+from vad_jax.sharding import make_mesh
 
 SHAPES = [(4, 4, 6), (4, 2, 3), (2, 1, 2)]
 DIM = 16
@@ -129,34 +130,43 @@ def test_some_frames_are_those_of_all():
   assert_close(some, [x[:, list(i)] for x, i in zip(everything, frames, strict=True)])
 
 
+def value_and_gradient(encoder):
+  """A compiled function of the inputs; gradients reach parameters and maps."""
+  run = compiled(encoder)
+
+  def loss(state, *inputs):
+    return sum((x**2).mean() for x in run.func(state, *inputs))
+
+  return functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1))), *run.args)
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_turns_and_recomputing_change_nothing(monkeypatch, remat):
   inputs = make_inputs()
-
-  def value_and_gradient(encoder):
-    graph, state = nnx.split(nnx.view(encoder, deterministic=True))
-
-    def loss(state, maps):
-      return sum((x**2).mean() for x in nnx.merge(graph, state)(maps, *inputs[1:]))
-
-    return jax.jit(jax.value_and_grad(loss, (0, 1)))(state, inputs[0])
-
-  expected = value_and_gradient(make_encoder())
-  monkeypatch.setattr(deformable, "_CACHED", 50)  # three turns, of which the last is not full
-  found = value_and_gradient(make_encoder(remat=remat))
+  expected = value_and_gradient(make_encoder())(*inputs)
+  monkeypatch.setattr(deformable, "_ON_CPU", 50)  # five turns, of which the last is not full
+  found = value_and_gradient(make_encoder(remat=remat))(*inputs)
   assert_close(found, expected)
   for name, gradient in nnx.to_flat_state(expected[1][0]):
     assert np.abs(gradient[...]).max() > 0, name
 
 
 def test_dropout_differs_between_calls_and_turns(monkeypatch):
-  monkeypatch.setattr(deformable, "_CACHED", 50)
-  encoder, inputs, rngs = make_encoder(dropout=0.5, remat=True), make_inputs(), nnx.Rngs(dropout=1)
-  first, second = encoder(*inputs, rngs), encoder(*inputs, rngs)
-  assert not np.allclose(first[0], second[0])
-  alike = [jnp.broadcast_to(x[:, :1, :1, :1], x.shape) for x in inputs[0]]
-  whole = encoder(alike, [jnp.zeros_like(x) for x in alike], inputs[2], nnx.Rngs(dropout=1))[0].reshape(2, -1, DIM)
-  assert not np.allclose(whole[:, :46], whole[:, 50:])
+  monkeypatch.setattr(deformable, "_ON_CPU", 48)  # turns of less than 24 tokens of each of two clips
+  encoder, (maps, positions, masks) = make_encoder(dropout=0.5, remat=True), make_inputs()
+  for layer in encoder.layers:  # tokens do not see each other
+    layer.self_attn.output_proj.kernel.set_value(jnp.zeros((DIM, DIM)))
+  graph, state = nnx.split(encoder)
+
+  @jax.jit
+  def run(key):
+    alike = [jnp.ones_like(x) for x in maps]
+    return nnx.merge(graph, state)(alike, positions, masks, nnx.Rngs(dropout=key))[0].reshape(2, 96, DIM)
+
+  first, second = run(jax.random.key(0)), run(jax.random.key(1))
+  assert not np.allclose(first, second)
+  for size in range(15, 25):
+    assert not np.allclose(first[:, :size], first[:, size : 2 * size])
 
 
 def test_bfloat16_stays_close():
@@ -168,8 +178,7 @@ def test_bfloat16_stays_close():
 
 
 def test_devices_share_a_batch():
-  run, inputs = compiled(make_encoder()), make_inputs(batch=8)
-  sharding = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
-  shared = jax.device_put(inputs, sharding)
+  run, inputs = value_and_gradient(make_encoder()), make_inputs(batch=8)
+  shared = jax.device_put(inputs, jax.NamedSharding(make_mesh({"data": 8}), jax.P("data")))
   assert "all-gather" not in run.func.lower(*run.args, *shared).compile().as_text()
   assert_close(run(*shared), run(*inputs))

@@ -17,7 +17,9 @@ from vad_jax.ops.deformable import Shape, sample_levels
 
 Normalizer = Literal["official", "paper"]
 _XAVIER = nnx.initializers.xavier_uniform()
-_CACHED = 2048  # queries that a CPU works on at a time
+# Queries that a device works on at a time, so that what is computed of them stays in the caches of a CPU, and in 1 GiB
+# of other devices.
+_ON_CPU, _ELSEWHERE = 2**11, 2**15
 
 
 class DeformableAttention(nnx.Module):
@@ -157,9 +159,7 @@ class EncoderLayer(nnx.Module):
     shapes: Sequence[Shape],
     rngs: nnx.Rngs | None = None,
   ) -> Array:
-    """Runs the layer.
-
-    On a CPU some queries after the other go through it, so that what is computed of them stays in its caches.
+    """Runs the layer, for some queries after the other where they are many.
 
     Args:
       queries: tokens that look, ``[B, Q, D]``, their positions ``[B, Q, D]`` and references ``[B, Q, levels, 3]``.
@@ -172,7 +172,8 @@ class EncoderLayer(nnx.Module):
       ``[B, Q, D]``.
     """
     batch, count, dim = queries[0].shape
-    turns = -(-count // _CACHED) if jax.default_backend() == "cpu" else 1
+    most = _ON_CPU if jax.default_backend() == "cpu" else _ELSEWHERE
+    turns = -(-batch * count // (most * max(jax.sharding.get_abstract_mesh().size, 1)))
     size = -(-count // turns)
     values = self.self_attn.values(tokens, mask)
 

@@ -3,8 +3,9 @@
 This is what deformable attention spends its time with: 33,320 queries with 8 heads and 32 samples of 8 cells each look
 up 68 million rows. So nothing of that number is ever stored. A loop over the samples of a query adds one to the sum,
 and where its cells are and what they weigh is worked out inside the same fused loop, which reads contiguous channels of
-cells that lie close together for queries that do. XLA makes vector instructions of that on a CPU and coalesced reads on
-a GPU, and it needs no memory but the sum. `benchmarks/deformable.py` compares with the formula written down plainly.
+cells that lie close together for queries that do. It needs no memory but the sum. On a CPU, XLA makes vector
+instructions of it, and on a GPU neighbouring threads read neighbouring channels. `benchmarks/deformable.py` compares
+with the formula written down plainly.
 """
 
 import functools
