@@ -63,7 +63,7 @@ def main() -> None:
     costs = measure(cases, options.repeats, advance)
   for direction, title in enumerate(("forward", "forward and backward")):
     tokens = sum(np.prod(shape) for shape in shapes)
-    table = rich.table.Table(title=f"{title}: {options.layers} layers, {tokens:,} tokens, {options.dtype}")
+    table = rich.table.Table(title=f"{title}; encoder layers: {options.layers}, tokens: {tokens:,}, {options.dtype}")
     for column in ("", "processor s", "wall s", "ratio to ViT-B", "MB"):
       table.add_column(column, justify="right" if column else "left")
     reference = costs[-1, direction, 0]
