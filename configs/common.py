@@ -24,6 +24,8 @@ def base() -> Config:
 
   # Weights to start from: a converted file (see vad_jax.convert), or the workdir or a checkpoint of another run.
   config.init_from = config_dict.placeholder(str)
+  # The run of a first stage, whose encoder and decoder the second one starts from, over those of init_from.
+  config.init_transformer_from = config_dict.placeholder(str)
   config.reinit_head = False  # start the classifier anew where the weights know another number of classes
   config.resize_positions = False  # where the weights have tables of positions for another size of video
 

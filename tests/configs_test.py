@@ -41,7 +41,8 @@ def test_config_fits_the_code(name: str, arg: str | None) -> None:
   assert set(config) == set(common.base())
   for part in ("clip", "augment", "mesh", "eval", "log", "checkpoint", "optimizer"):
     assert set(config[part]) == set(common.base()[part]), part
-  assert all(side % 16 == 0 for side in config.canvas)
+  canvases = np.reshape(config.canvas, (-1, 2))  # one or several
+  assert not (canvases % 16).any()
   ClipSpec(**config.clip)
   Augment(**config.augment)
   sharding.make_mesh(config.mesh)
@@ -56,7 +57,7 @@ def test_config_fits_the_code(name: str, arg: str | None) -> None:
   model = build(config)
   _, params, _ = split_model(model)
   optim.make_optimizer(params, learning_rate=schedule, **config.optimizer)
-  shape = (1, config.clip.num_frames, *config.canvas, 3)
+  shape = (1, config.clip.num_frames, *canvases[-1].tolist(), 3)
   batch = {
     "video": jax.ShapeDtypeStruct(shape, jnp.uint8),
     "video_size": jax.ShapeDtypeStruct((1, 2), jnp.int32),

@@ -163,6 +163,14 @@ def test_starts_from_weights(config: ConfigDict, tmp_path: Path, capsys: Any) ->
   assert run(config, tmp_path / "third", "evaluate") == ""  # nothing was trained there: the weights themselves
   assert json.loads((tmp_path / "third" / "metrics.json").read_text())["step"] == 4
 
+  config.seed += 1
+  config.init_from, config.init_transformer_from = None, str(tmp_path / "first")
+  assert run(config, tmp_path / "stage", "train") == ""
+  staged = checkpoint.load_arrays(tmp_path / "stage")[0]
+  np.testing.assert_array_equal(staged["hidden.kernel"], first["hidden.kernel"])
+  assert not np.array_equal(staged["embed.kernel"], first["embed.kernel"])
+  config.init_from, config.init_transformer_from = str(tmp_path / "first"), None
+
   config.model.width = 16
   with pytest.raises(ValueError, match=r"shape: embed.kernel \(3, 8\) does not fit embed.kernel \(3, 16\)"):
     run(config, tmp_path / "fourth", "train")

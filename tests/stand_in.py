@@ -28,6 +28,8 @@ INFO = {
 class StandIn(nnx.Module):
   """Mean of the video in four quarters, one box and one set of actions for each; with tubes for each in every frame."""
 
+  transformer_parameters = r"hidden\..*"
+
   def __init__(self, *, width: int = 256, num_classes: int = NUM_CLASSES, tubes: bool = False, rngs: nnx.Rngs):
     self.tubes = tubes
     self.embed = nnx.Linear(3, width, rngs=rngs)

@@ -262,12 +262,19 @@ def _train(
   )
 
   def load_weights(system: Any) -> None:
-    report = convert.load_reference(
-      system, config.init_from, reinit_head=config.reinit_head, resize_positions=config.resize_positions
-    )
-    print(f"starting from {report}", file=sys.stderr, flush=True)
+    options = {"reinit_head": config.reinit_head, "resize_positions": config.resize_positions}
+    starts = {config.init_from: None}
+    if config.init_transformer_from:
+      if not hasattr(system, "transformer_parameters"):
+        raise ValueError(f"config.init_transformer_from: {config.model.name} is not trained in two stages")
+      starts[config.init_transformer_from] = system.transformer_parameters
+    reports = [
+      convert.load_reference(system, source, parts=parts, **options) for source, parts in starts.items() if source
+    ]
+    for report in reports:
+      print(f"starting from {report}", file=sys.stderr, flush=True)
     if jax.process_index() == 0:
-      (workdir / "init_from.txt").write_text(report.text() + "\n")
+      (workdir / "init_from.txt").write_text("\n\n".join(report.text() for report in reports) + "\n")
 
   def evaluate_during(predict_fn: PredictFn, should_stop: Any) -> dict[str, float] | None:
     label_map = sets["train"].label_map
@@ -298,7 +305,7 @@ def _train(
       microbatch=config.microbatch,
       ema_decay=config.ema_decay,
       seed=config.seed,
-      load_weights=load_weights if config.init_from else None,
+      load_weights=load_weights if config.init_from or config.init_transformer_from else None,
       log_every=config.log.every_steps,
       save_every=config.checkpoint.every_steps,
       evaluate_every=round(config.eval.every_epochs * steps_per_epoch),

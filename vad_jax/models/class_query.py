@@ -122,7 +122,13 @@ _ACTOR_WEIGHT = 10.0  # of queries with an actor in the loss of classes
 
 
 class ClassQuery(nnx.Module):
-  """The detector; see the module's docstring. Parameters live in backbone, pyramid, encoder and decoder."""
+  """The detector; see the module's docstring. Parameters live in backbone, pyramid, encoder and decoder.
+
+  Attributes:
+    transformer_parameters: what the second stage of the training takes from the first, by a regular expression.
+  """
+
+  transformer_parameters = r"level_embed|(plain_)?encoder\..*|decoder\.(?!confidence).*"
 
   def __init__(
     self,
