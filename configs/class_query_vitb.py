@@ -3,7 +3,7 @@
     python -m vad_jax.main --config configs/class_query_vitb.py --config.init_from=weights/k400 --workdir runs/one
     python -m vad_jax.main --config configs/class_query_vitb.py --config.init_from=weights/k400 \
         --config.init_transformer_from=runs/one --workdir runs/two
-    python -m vad_jax.main --config configs/class_query_vitb.py:ucf101_24 --config.init_from=weights/k400 --workdir runs/u
+    python -m vad_jax.main --config configs/class_query_vitb.py:jhmdb --config.init_from=weights/k400 --workdir runs/j
     python -m vad_jax.main --config configs/class_query_vitb.py:tiny --workdir runs/tiny
 
 The published recipe has two stages: the second starts from the same backbone and from encoder and decoder of the first.

@@ -110,9 +110,35 @@ def _st_context_figures() -> Iterator[Figure]:
     yield Figure({"context": context, "actor_grid": actor_grid}, (32, 256, 256), None, mean_ap, None)
 
 
+def _class_query_figures() -> Iterator[Figure]:
+  """Tables 1 to 4 (CSN-152 on AVA), 5 and 6; f-mAP. Multiply-adds are of frames of 256 x 360, of which ViT sees 352."""
+  tubes = {"tubes": True, "layers": 3}
+  for options, frames, gflops, mean_ap in (
+    ({"num_frames": 40, "num_queries": 5, "empty_frames": False}, 40, 3260.0, 86.9),
+    ({"num_frames": 32}, 32, 3730.0, 85.9),
+  ):
+    yield Figure({**tubes, **options}, (frames, 256, 352), gflops, mean_ap, "117.8M")
+  yield Figure({}, (16, 256, 352), None, 32.9, None)
+  for options, mean_ap in (
+    ({}, 33.5),
+    ({"encoder": "transformer", "decoder": "detr"}, 28.6),
+    ({"encoder": "transformer", "decoder": "ldl"}, 29.1),
+    ({"encoder": "transformer"}, 31.4),
+    ({"decoder": "ldl"}, 31.3),
+    ({"aggregation": "weighted_sum"}, 32.9),
+    ({"aggregation": "mean"}, 32.0),
+    ({"positional_queries": False}, 31.7),
+    ({"combination": "concat"}, 31.8),
+    ({"combination": "cross_attention"}, 31.3),
+    ({"combination": "self_attention"}, 30.8),
+  ):
+    yield Figure({"variant": "csn152", "num_frames": 32, **options}, (32, 256, 352), None, mean_ap, None)
+
+
 PAPERS = {
   "action_transformer": Paper(norm=0, rules=(), figures=tuple(_action_transformer_figures())),
   "bmvit": Paper(norm=5, rules=(), figures=tuple(_bmvit_figures())),
+  "class_query": Paper(norm=0, rules=(), figures=tuple(_class_query_figures())),
   "evad": Paper(
     norm=5,
     rules=(

@@ -1,4 +1,4 @@
-"""Class queries: losses, options, padding, devices, sizes. The network itself is compared in class_query_parity_test."""
+"""Class queries: losses, options, padding, devices, sizes. class_query_parity_test.py compares the network itself."""
 
 import re
 
@@ -12,8 +12,9 @@ from configs import class_query_csn50, class_query_csn152, class_query_vitb
 from tests import golden_files
 from vad_jax import models, sharding
 from vad_jax.layers.class_decoder import box_positions, logit
+from vad_jax.layers.position import corner_matrix
 from vad_jax.models import class_query
-from vad_jax.models.class_query import ClassQuery, Variant, corner_matrix
+from vad_jax.models.class_query import ClassQuery, Variant
 from vad_jax.ops import boxes as box_ops
 from vad_jax.ops import matching
 from vad_jax.train import make_predict

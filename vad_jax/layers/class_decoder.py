@@ -398,6 +398,7 @@ class Decoder(nnx.Module):
         told = self.class_norm(classes)
         action = self.class_dropout(told, rngs=rngs).astype(boxes.dtype).mean(-1)
       else:
+        assert self.classifier is not None
         action = self.classifier(hidden)
       steps.append({**step, "place": place, "query_position": shared["query_position"]})
       start = logit(reference) if self.kind != "detr" else 0

@@ -63,6 +63,17 @@ def linear_matrix(source: int, target: int) -> np.ndarray:
   return matrix
 
 
+def corner_matrix(source: int, target: int) -> np.ndarray:
+  """Matrix ``[target, source]`` of linear interpolation from one outer edge to the other, with zeros outside.
+
+  As PyTorch's ``grid_sample`` of coordinates from -1 to 1 does it (``align_corners=False``): the first and the last
+  sample lie half a cell outside of the centres, and so have half of their value.
+  """
+  center = np.linspace(-1, 1, target) if target > 1 else np.full(1, -1.0)
+  center = ((center + 1) * source - 1) / 2
+  return np.maximum(1 - np.abs(center[:, None] - np.arange(source)), 0)
+
+
 def grid_box_bias(h: int, w: int) -> np.ndarray:
   """What to add to the logits of boxes that the tokens of a grid predict, so that each begins at its own place.
 

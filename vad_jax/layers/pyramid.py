@@ -32,7 +32,7 @@ class PyramidLevel(nnx.Module):
   """Enlarges or halves tokens, then mixes channels, then neighbours in space and time."""
 
   def __init__(self, channels: int, dim: int, scale: float, *, dtype: jnp.dtype | None, rngs: nnx.Rngs):
-    doublings = {4: 2, 2: 1}.get(scale, 0)
+    doublings = {4: 2, 2: 1, 1: 0, 0.5: 0}[scale]
     widths = [channels // 2**step for step in range(doublings + 1)]
     self.halved, channels = scale < 1, widths[-1]
     self.enlarge = nnx.List([Doubling(*pair, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(widths)])

@@ -46,7 +46,7 @@ from vad_jax.batch import Array, Batch, Detections
 from vad_jax.layers.class_decoder import Aggregation, Combination, Decoder
 from vad_jax.layers.deformable import Encoder
 from vad_jax.layers.detr import EncoderLayer
-from vad_jax.layers.position import linear_matrix, volume_positions
+from vad_jax.layers.position import corner_matrix, linear_matrix, volume_positions
 from vad_jax.layers.pyramid import MapPyramid, TokenPyramid
 from vad_jax.ops import losses
 from vad_jax.ops.boxes import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
@@ -81,20 +81,13 @@ class Variant(NamedTuple):
   points: int = 8
 
 
+_TINY = (64, 4, 128, 1, 2, 4)
 VARIANTS = {
   "vitb": Variant(ViT, {"width": 768, "depth": 12, "heads": 12}),
   "csn152": Variant(CSN, csn.VARIANTS["csn152"]),
   "csn50": Variant(CSN, csn.VARIANTS["csn50"]),
-  "tiny": Variant(
-    ViT,
-    {"width": 96, "depth": 3, "heads": 3, "stem": "convolution"},
-    dim=64,
-    heads=4,
-    hidden=128,
-    encoder_layers=1,
-    decoder_layers=2,
-    points=4,
-  ),
+  "tiny": Variant(ViT, {"width": 96, "depth": 3, "heads": 3, "stem": "convolution"}, *_TINY),
+  "tiny_csn": Variant(CSN, csn.VARIANTS["tiny"], *_TINY),
 }
 
 
@@ -219,14 +212,10 @@ class ClassQuery(nnx.Module):
     parts: dict[str, Any] = {"dropout": dropout, **options}
     deformable = encoder == "deformable"
     self.encoded_levels = (0, 1, 2, 3) if deformable else (_WORKING,)
-    self.encoder = (
-      Encoder(*shape, sizes.encoder_layers, points=sizes.points, normalizer=faithful, remat=remat, **parts)
-      if deformable
-      else None
-    )
-    self.plain_encoder = nnx.List(
-      [] if deformable else [EncoderLayer(*shape, **parts) for _ in range(sizes.encoder_layers)]
-    )
+    sampling = {"points": sizes.points, "normalizer": faithful, "remat": remat}
+    self.encoder = Encoder(*shape, sizes.encoder_layers, **sampling, **parts) if deformable else None
+    plain = 0 if deformable else sizes.encoder_layers
+    self.plain_encoder = nnx.List([EncoderLayer(*shape, **parts) for _ in range(plain)])
     self.decoder = Decoder(
       *shape,
       sizes.decoder_layers,
@@ -287,7 +276,7 @@ class ClassQuery(nnx.Module):
     ]
     chosen = np.arange(frames) if self.tubes else np.array([frames // 2])
     over_time = [self._resize(levels[index].shape[1], frames)[chosen] for index in self.encoded_levels]
-    seen = [np.flatnonzero(matrix.any(0)) for matrix in over_time]
+    seen = [np.flatnonzero(matrix.any(0)).tolist() for matrix in over_time]
     encoded = self._encode(levels, positions, masks, seen, rngs)
     memory = self._memory(encoded, [matrix[:, index] for matrix, index in zip(over_time, seen, strict=True)])
 
@@ -304,7 +293,7 @@ class ClassQuery(nnx.Module):
     return (linear_matrix if self.published else corner_matrix)(old, new)
 
   def _encode(
-    self, levels: list[Array], positions: list[Array], masks: list[Array], seen: list[np.ndarray], rngs: nnx.Rngs | None
+    self, levels: list[Array], positions: list[Array], masks: list[Array], seen: list[list[int]], rngs: nnx.Rngs | None
   ) -> list[Array]:
     """What the decoder sees of the levels: of each, frames with these numbers."""
     if self.encoder is not None:
@@ -449,11 +438,11 @@ class ClassQuery(nnx.Module):
     Scores of actions are final: those of tubes contain the actor's, those of keyframes do not.
     """
     boxes = jnp.clip(cxcywh_to_xyxy(out["boxes"][-1]), 0, 1)
-    found = boxes, self._confidence(out)[-1], self._action_score(out)[-1]
-    if not self.tubes:
-      found = (values[:, 0] for values in found)
+    actor, action = self._confidence(out)[-1], self._action_score(out)[-1]
     real = jnp.broadcast_to(jnp.asarray(batch["key"])[:, None] >= 0, (boxes.shape[0], boxes.shape[2]))
-    return Detections(*found, real)
+    if not self.tubes:
+      boxes, actor, action = boxes[:, 0], actor[:, 0], action[:, 0]
+    return Detections(boxes, actor, action, real)
 
   def maps(self, out: dict[str, Any], batch: Batch) -> dict[str, Array]:
     """Where each person was looked at for each class in the keyframe, by the last layer (Figures 2, 6 and 7).
@@ -481,17 +470,6 @@ def level_mask(size: Array, canvas: Sequence[int], grid: Sequence[int]) -> Array
   sides = enumerate(zip(canvas, grid, strict=True))
   y, x = (np.arange(new) * old // new < size[:, axis, None] for axis, (old, new) in sides)
   return y[:, :, None] & x[:, None]
-
-
-def corner_matrix(source: int, target: int) -> np.ndarray:
-  """Matrix ``[target, source]`` of linear interpolation from one outer edge to the other, with zeros outside.
-
-  As PyTorch's ``grid_sample`` of coordinates from -1 to 1 does it (``align_corners=False``): the first and the last
-  sample lie half a cell outside of the centres, and so have half of their value.
-  """
-  center = np.linspace(-1, 1, target) if target > 1 else np.full(1, -1.0)
-  center = ((center + 1) * source - 1) / 2
-  return np.maximum(1 - np.abs(center[:, None] - np.arange(source)), 0)
 
 
 # --- Published weights ----------------------------------------------------------------------------------------------
