@@ -102,10 +102,12 @@ def gradients(model: ClassQuery, batch: dict):
 # --- Losses against the official criterion --------------------------------------------------------------------------
 
 
+OUTPUTS = {"boxes": "pred_boxes", "action_logits": "pred_logits", "confidence_logits": "pred_logits_b"}
+
+
 def recorded_outputs(case: dict, *, tubes: bool) -> dict:
   """Predictions of all layers, ``[layers, B, F, N, ...]``."""
-  names = {"boxes": "pred_boxes", "action_logits": "pred_logits", "confidence_logits": "pred_logits_b"}
-  out = {ours: np.array([layer[theirs] for layer in case["outputs"]], np.float32) for ours, theirs in names.items()}
+  out = {ours: np.array([layer[theirs] for layer in case["outputs"]], np.float32) for ours, theirs in OUTPUTS.items()}
   return out if tubes else {name: values[:, :, None] for name, values in out.items()}
 
 
@@ -172,6 +174,26 @@ def test_losses_of_the_official_criterion(index):
       expected = weight * case["losses"][name + suffix]
       np.testing.assert_allclose(terms[ours + suffix], expected, rtol=1e-5, atol=1e-6, err_msg=name + suffix)
   np.testing.assert_allclose(total, sum(terms.values()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_detections_of_the_official_code(index):
+  case = golden_files.load("class_query/postprocess")["cases"][index]
+  tubes = case["kind"] != "ava"
+  model = nnx.eval_shape(lambda: make_model(tubes=tubes))
+  recorded = {name: np.array(values, np.float32) for name, values in case["outputs"].items()}
+  found = model.detections(
+    {
+      ours: jnp.asarray(recorded[theirs] if tubes else recorded[theirs][:, None])[None]
+      for ours, theirs in OUTPUTS.items()
+    },
+    {"key": np.arange(len(case["scores"]))},
+  )
+  np.testing.assert_allclose(found.action_score, case["scores"], rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(found.actor_score[..., None], case["person"], rtol=1e-5)
+  sizes = np.array(case["target_sizes_hw"], np.float32)[:, [1, 0, 1, 0]]
+  expected = np.array(case["boxes"]) / sizes.reshape(len(sizes), *[1] * (1 + tubes), 4)
+  np.testing.assert_allclose(found.boxes, expected.clip(0, 1), atol=1e-5)
 
 
 # --- Options --------------------------------------------------------------------------------------------------------
