@@ -186,6 +186,22 @@ def test_every_tap(file, index, monkeypatch):
   assert_taps(official_taps(model, out) | encoder, case)
 
 
+def test_in_float64(monkeypatch):
+  """Closer than float32 can be; positions and reference points stay in float32, as in the official code."""
+  case = golden_files.load("class_query/cq_tiny")["cases"][0]
+  with jax.enable_x64(True):
+    model = make_model(case, monkeypatch)
+    graphdef, state = nnx.split(model)
+    state = jax.tree.map(lambda x: x.astype(jnp.float64), state)
+    batch = official_batch(case["input"])
+    batch["video"] = batch["video"].astype(np.float64)
+    out = jax.jit(lambda state, batch: nnx.merge(graphdef, state)(batch))(state, batch)
+  assert out["boxes"].dtype == jnp.float64
+  for name, values in official_taps(model, out).items():
+    if name in case["taps"]:
+      golden_files.assert_tap(values, case["taps"][name], 5e-5, name)
+
+
 def test_transformer_alone(monkeypatch):
   """On seeded maps in place of a backbone's."""
   case = golden_files.load("class_query/cq_tiny")["cases"][3]
