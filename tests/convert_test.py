@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from tests import golden_files, seeded
+from tests.models.class_query_parity_test import official_weights as released_weights
 from tests.models.evad_parity_test import official_weights
 from vad_jax import checkpoint, convert, models
 from vad_jax.backbones import csn
@@ -23,7 +24,7 @@ from vad_jax.backbones.mvit import MViT
 from vad_jax.backbones.slowfast import SlowFast
 from vad_jax.backbones.vit import ViT
 from vad_jax.layers.position import linear_matrix, sincos_positions
-from vad_jax.models import bmvit
+from vad_jax.models import bmvit, class_query
 from vad_jax.models.evad import EVAD
 from vad_jax.models.st_context import SpatioTemporalContext
 
@@ -435,6 +436,30 @@ def test_slowfast_detectors(source: str, tmp_path: Path) -> None:
     convert.load_reference(spatial, weights)
   convert.load_reference(spatial, weights, source=source.replace("_detector", ""))
   assert_same(model.backbone, spatial.backbone)
+
+
+def test_class_query_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """A released file, in which some tensors have several names; they must agree."""
+  case = golden_files.load("class_query/cq_tiny")["cases"][0]
+  sizes = class_query.Variant(class_query.ViT, {"width": 64, "depth": 2, "heads": 4}, 256, 8, 64, 2, 2)
+  monkeypatch.setitem(class_query.VARIANTS, "golden", sizes)
+  weights = {f"module.{name}": np.ascontiguousarray(value) for name, value in released_weights(case).items()}
+  save_file(weights, tmp_path / "released.safetensors")
+  (tmp_path / "ten.pbtxt").write_text("".join(f'item {{ name: "c{i}" id: {i} }}\n' for i in range(1, 11)))
+  with pytest.raises(convert.ConversionError, match="the detector knows 10 classes: give their names"):
+    convert.convert(tmp_path / "released.safetensors", tmp_path / "out")
+  report = convert.convert(tmp_path / "released.safetensors", tmp_path / "out", label_map=tmp_path / "ten.pbtxt")
+  assert report.source == "class_query" and not report.named("missing")
+  assert set(report.named("skipped")) == case["aliases"].keys()
+  loaded = checkpoint.load_model(tmp_path / "out")
+  assert loaded.info["clip"] == {"num_frames": 16, "frame_stride": 4, "fps": 30.0}
+  np.testing.assert_array_equal(
+    loaded.model.decoder.class_queries[...], weights["module.transformer.decoder.class_queries.weight"]
+  )
+
+  weights["module.transformer.decoder.bbox_embed.layers.0.bias"] += 1
+  with pytest.raises(convert.ConversionError, match=r"has other values than bbox_embed\.layers\.0\.bias"):
+    convert.load_reference(loaded.model, weights)
 
 
 def test_converted_statistics(tmp_path: Path) -> None:

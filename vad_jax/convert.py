@@ -33,7 +33,8 @@ from vad_jax.annotations import PathLike, read_label_map
 from vad_jax.layers.position import sincos_positions
 from vad_jax.published import BACKBONES, SOURCES, Backbone, Source
 
-AVA_CLASSES = Path(__file__).parent / "datasets" / "labels" / "ava_v2.2.pbtxt"
+_LABELS = Path(__file__).parent / "datasets" / "labels"
+_CLASSES = {80: "ava_v2.2.pbtxt", 21: "jhmdb.pbtxt", 24: "ucf101_24.pbtxt"}  # that a detector of so many has
 _MOST_PROBLEMS = 40  # named in an error
 
 
@@ -325,7 +326,7 @@ def convert(
     path: the file, or a Hugging Face folder.
     output: the directory to make; it holds the report as well, as ``conversion.txt`` and ``conversion.json``.
     source: one of ``SOURCES``; None finds it from the names.
-    label_map: names of a detector's classes; None where they are those of AVA.
+    label_map: names of a detector's classes; None where they are those of AVA, JHMDB51-21 or UCF101-24.
     options: what weights do not tell of their network: arguments of its constructor, such as ``keep_rate``.
 
   Raises:
@@ -364,9 +365,11 @@ def convert(
 
 
 def _class_names(label_map: PathLike | None, num_classes: int) -> dict[int, str]:
-  names = read_label_map(label_map or AVA_CLASSES)
-  if (label_map is None and num_classes != 80) or max(names) > num_classes:
+  if label_map is None and num_classes not in _CLASSES:
     raise ConversionError(f"the detector knows {num_classes} classes: give their names in a label map that fits")
+  names = read_label_map(label_map or _LABELS / _CLASSES[num_classes])
+  if max(names) > num_classes:
+    raise ConversionError(f"{label_map} names class {max(names)}, and the detector knows {num_classes}")
   return names
 
 
@@ -385,7 +388,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--input", required=True, metavar="FILE", help="published file, or a Hugging Face folder")
   parser.add_argument("--output", required=True, metavar="DIR", help="checkpoint to make; must not exist")
   parser.add_argument("--source", choices=SOURCES, help="what the file is; default: found from the names in it")
-  parser.add_argument("--label-map", metavar="FILE", help="class names of a detector; default: those of AVA")
+  parser.add_argument(
+    "--label-map",
+    metavar="FILE",
+    help="class names of a detector; default: those of AVA, JHMDB51-21 or UCF101-24, by their number",
+  )
   parser.add_argument(
     "--option",
     action="append",

@@ -263,14 +263,12 @@ def _train(
 
   def load_weights(system: Any) -> None:
     options = {"reinit_head": config.reinit_head, "resize_positions": config.resize_positions}
-    starts = {config.init_from: None}
+    starts = [(config.init_from, None)]
     if config.init_transformer_from:
       if not hasattr(system, "transformer_parameters"):
         raise ValueError(f"config.init_transformer_from: {config.model.name} is not trained in two stages")
-      starts[config.init_transformer_from] = system.transformer_parameters
-    reports = [
-      convert.load_reference(system, source, parts=parts, **options) for source, parts in starts.items() if source
-    ]
+      starts.append((config.init_transformer_from, system.transformer_parameters))
+    reports = [convert.load_reference(system, source, parts=parts, **options) for source, parts in starts if source]
     for report in reports:
       print(f"starting from {report}", file=sys.stderr, flush=True)
     if jax.process_index() == 0:

@@ -146,30 +146,6 @@ def test_relative_rows_by_definition() -> None:
   np.testing.assert_array_equal(mvit.relative_rows(13, 7, 7)[0, 0], np.eye(13)[6])
 
 
-@pytest.mark.parametrize("stride", [1, 2, 4])
-def test_depthwise_by_definition(stride: int) -> None:
-  rng = np.random.default_rng(0)
-  x, kernel = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 3, 9, 6, 4), (3, 3, 3, 4)))
-  direction = jnp.asarray(rng.normal(size=(2, 3, -(-9 // stride), -(-6 // stride), 4)), jnp.float32)
-
-  def convolve(x, kernel, stride):
-    dimensions = ("NDHWC", "DHWIO", "NDHWC")
-    return jax.lax.conv_general_dilated(
-      x,
-      kernel[..., None, :],
-      (1, stride, stride),
-      ((1, 1),) * 3,
-      dimension_numbers=dimensions,
-      feature_group_count=4,
-    )
-
-  def value_and_gradients(function):
-    return jax.value_and_grad(lambda x, kernel: (function(x, kernel, stride) * direction).sum(), (0, 1))(x, kernel)
-
-  ours, definition = value_and_gradients(mvit.depthwise), value_and_gradients(convolve)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, definition)
-
-
 MINI = {"width": 16, "depths": (1, 1), "heads": 2, "trained_size": (4, 32, 32)}
 VIDEO = np.random.default_rng(0).normal(size=(2, 6, 32, 40, 3)).astype(np.float32)
 

@@ -249,9 +249,9 @@ class ClassQuery(nnx.Module):
     """
     size = jnp.maximum(jnp.asarray(batch["video_size"]), 1)  # rows that fill up a batch may have none
     video, _ = normalize(batch["video"], size, mean=_MEAN, std=_STD, dtype=self.compute_dtype)
-    if isinstance(self.backbone, ViT):  # what does not fill a patch is not seen
-      t, h, w = (side // patch * patch for side, patch in zip(video.shape[1:4], self.backbone.patch, strict=True))
-      features = self.backbone(video[:, :t, :h, :w], rngs)
+    if isinstance(self.backbone, ViT):  # what does not fill a patch of the frame is not seen
+      h, w = (side // patch * patch for side, patch in zip(video.shape[2:4], self.backbone.patch[1:], strict=True))
+      features = self.backbone(video[:, :, :h, :w], rngs)
     else:
       features = self.backbone(video)
     levels = self.pyramid(features)
