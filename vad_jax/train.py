@@ -115,9 +115,7 @@ def train(
     NonFiniteError: a loss term or the gradient is not finite; nothing is saved after it.
     CheckpointError: the checkpoint does not fit, or none is whole, or saving failed.
   """
-  graphdef, optimizer, abstract, init = _prepare(
-    make_model, make_optimizer, mesh, sharding, ema_decay is not None, seed
-  )
+  graphdef, optimizer, abstract, init = prepare(make_model, make_optimizer, mesh, sharding, ema_decay is not None, seed)
   restored = checkpoints.restore(abstract, batches)
   state, info = restored or (init(), {**info, "metrics": {}})
   if load_weights and not restored:
@@ -163,7 +161,7 @@ def train(
       meter.waited(time.perf_counter() - begun)
       batch = to_global(host_batch, mesh)
       if compiled is None:
-        compiled, compile_seconds = _compile(train_step, state, batch)
+        compiled, compile_seconds = compile_step(train_step, state, batch)
         meter.restart()
       if advance is None:
         advance = shown.enter_context(progress.bar("train", num_steps, start=step))
@@ -261,7 +259,7 @@ def make_predict(graphdef: Any) -> Callable[[Any, Any, Batch], Detections]:
   return predict
 
 
-def _prepare(
+def prepare(
   make_model: Callable[[nnx.Rngs], Any],
   make_optimizer: Callable[[Any], optax.GradientTransformation],
   mesh: Mesh,
@@ -300,8 +298,8 @@ def _with_weights(state: State, graphdef: Any, load_weights: Callable[[Any], Non
   return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), filled, state)
 
 
-def _compile(train_step: Callable[..., Any], state: State, batch: Batch) -> tuple[Callable[..., Any], float]:
-  """Compiles the step ahead of time, for the shapes and shardings of these arguments."""
+def compile_step(train_step: Callable[..., Any], state: State, batch: Batch) -> tuple[Callable[..., Any], float]:
+  """Compiles the step ahead of time, for the shapes and shardings of these arguments, which may be abstract."""
   print("compiling the training step (once; this can take a minute) ...", file=sys.stderr, flush=True)
   begun = time.perf_counter()
   shardings = jax.tree.map(lambda x: x.sharding, state)
