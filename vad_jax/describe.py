@@ -2,8 +2,10 @@
 
     python -m vad_jax.describe --config configs/evad_vitb.py:keep_rate=0.6,short_side=224 --input 16x224x224
     python -m vad_jax.describe --markdown configs/*.py
+    python -m vad_jax.describe --topology v5e:4x4 --config configs/evad_vitb.py
 
-The model is only traced: no weights exist, and nothing is compiled.
+The last says what the training step takes on a slice of TPUs; see ``vad_jax.topology``. For the others, the model is
+only traced: no weights exist, and nothing is compiled.
 
 **GMACs** are 10^9 multiply-adds of the forward pass of one clip, which most papers print as GFLOPs. Counted are all
 matrix products and convolutions of the traced program (zero padding included), loops as often as they turn (those of
@@ -50,7 +52,7 @@ from flax import nnx
 from jax.extend import core
 from ml_collections import config_flags
 
-from vad_jax import models
+from vad_jax import models, sharding, topology
 from vad_jax.annotations import read_label_map
 from vad_jax.batch import Batch, Detections
 from vad_jax.checkpoint import split_model
@@ -386,6 +388,35 @@ def markdown(paths: Sequence[str]) -> str:
   return "\n".join(rows)
 
 
+def on_tpus(config: Config, name: str, size: Size | None = None, minutes: float = 10) -> dict[str, Any]:
+  """Describes the training step of a config on a slice of TPUs; see ``vad_jax.topology``.
+
+  Args:
+    config: see ``configs/common.py``.
+    name: of the slice, such as ``v5e:4x4``.
+    size: of the input; None takes the config's clip and its largest canvas.
+    minutes: for the search of the largest batch, after the batch of the config was compiled.
+
+  Raises:
+    ValueError: slice, batch or config do not go together, or libtpu is not installed.
+  """
+  canvas = config.canvas if isinstance(config.canvas[0], int) else max(config.canvas, key=math.prod)
+  size = size or (config.clip.num_frames, *canvas)
+  build(config)  # says what is wrong with the model
+  options = {"num_classes": num_classes(config), **config.model}
+  tube = size[:1] if config.data.get("tubes", False) else ()
+  found = topology.describe_step(
+    config,
+    sharding.make_mesh(config.mesh.to_dict(), topology.tpu_devices(name)),
+    lambda rngs: models.build(**options, rngs=rngs),
+    lambda clips: abstract_batch(config, size, clips=clips, tube=tube),
+    capacity=topology.MEMORY[name.partition(":")[0]] * 2**30,
+    seconds=60 * minutes,
+    count=lambda jaxpr: sum(times * _products(eqn) for _, times, eqn in _operations(jaxpr)),
+  )
+  return {"model": config.model.to_dict(), "input": list(size), "topology": name, **found}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
   options, overrides = _parse(arguments)
@@ -397,14 +428,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = _read_config(options.config)
     if config is None:
       raise ValueError(f"config {options.config}: it defines no get_config")
-    description = describe(_override(config, overrides), options.input)
+    config = _override(config, overrides)
+    if options.topology:
+      description, show = on_tpus(config, options.topology, options.input, options.minutes), topology.show
+    else:
+      description, show = describe(config, options.input), _print
   except ValueError as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 1
   if options.json:
     print(json.dumps(description, indent=2))
   else:
-    _print(description)
+    show(description)
   return 0
 
 
@@ -422,10 +457,19 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
   parser.add_argument(
     "--input", type=_size, metavar="TxHxW", help="frames, height and width; default: the config's clip and canvas"
   )
+  parser.add_argument(
+    "--topology",
+    metavar="SLICE",
+    help="compile the training step for a slice of TPUs, such as v5e:4x4, v6e:16x16 or v5p:8x8x16, without having one "
+    "(pip install 'vad_jax[tpu]'); minutes for a large model. Matching is done on the TPU (config.matcher=device)",
+  )
+  parser.add_argument(
+    "--minutes", type=float, default=10.0, help="with --topology: to search the largest batch; default: 10, 0: none"
+  )
   parser.add_argument("--json", action="store_true", help="print everything as JSON")
   options, overrides = parser.parse_known_args(arguments)
-  if options.markdown and (options.input or options.json):
-    parser.error("--markdown goes with neither --input nor --json")
+  if options.markdown and (options.input or options.json or options.topology):
+    parser.error("--markdown goes with none of --input, --json, --topology")
   unknown = overrides if options.markdown else [x for x in overrides if x.startswith("-") and x[:9] != "--config."]
   if unknown:
     parser.error(f"unrecognized arguments: {' '.join(unknown)}")
