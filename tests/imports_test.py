@@ -22,6 +22,8 @@ ALLOWED = {
   "visualize": set(),
   "optim": set(),
   "sharding": set(),
+  "processes": set(),
+  "logs": {"visualize"},
   "checkpoint": {"models", "optim"},
   "torch_files": set(),
   "weight_files": {"torch_files"},
@@ -39,13 +41,13 @@ ALLOWED = {
   "predict": {"checkpoint", "datasets", "detect", "metrics", "ops", "person_boxes", "predictions", "visualize"},
   "main": {
     *("checkpoint", "convert", "datasets", "evaluate", "metrics", "models", "optim", "predict", "sharding", "train"),
-    *("person_boxes", "visualize"),
+    *("describe", "logs", "person_boxes", "processes", "visualize"),
   },
 }
 # Packages that only these modules may import.
 KEPT_IN = {
-  "clu": {"main"},
-  "tensorflow": {"main", "weight_files"},
+  "clu": {"logs"},
+  "tensorflow": {"logs", "weight_files"},
   "safetensors": {"weight_files"},
   "orbax": {"checkpoint"},
   "grain": {"datasets/loader"},

@@ -85,10 +85,12 @@ def example(index: int) -> dict[str, np.ndarray]:
   }
 
 
-def batches(*, batch_size: int = 8, size: int = 40) -> Iterator[Batch]:
-  """An endless shuffled stream whose position can be saved."""
-  dataset = grain.MapDataset.range(size).seed(0).shuffle().repeat().map(example)
-  return iter(dataset.to_iter_dataset().batch(batch_size))
+def batches(start: int = 0, *, batch_size: int = 8, size: int = 40) -> Iterator[Batch]:
+  """An endless shuffled stream from one of its batches on; of several processes, each gets its share."""
+  rows = (
+    grain.MapDataset.range(size).seed(0).shuffle().repeat().map(example)[jax.process_index() :: jax.process_count()]
+  )
+  return iter(rows.batch(batch_size // jax.process_count())[start:].to_iter_dataset())
 
 
 class Writer:

@@ -44,7 +44,7 @@ def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
   """Six steps without a break: result, scalars and keys of the batches."""
-  spy = Spy(stand_in.batches())
+  spy = Spy()
   result, scalars = run(tmp_path_factory.mktemp("straight"), 6, batches=spy)
   return result, scalars, spy.keys
 
@@ -55,7 +55,7 @@ def run(workdir: Path, num_steps: int, *, batches: Any = None, devices: int = 1,
   with Checkpoints(workdir) as checkpoints:
     result = train.train(
       stand_in.make_model,
-      batches or stand_in.batches(),
+      batches or stand_in.batches,
       num_steps=num_steps,
       make_optimizer=partial(optim.make_optimizer, learning_rate=SCHEDULE, weight_decay=0.01, groups=(("parts", 2.0),)),
       learning_rate=SCHEDULE,
@@ -73,25 +73,24 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 class Spy:
-  """Notes the keys of the batches that pass, and acts before one of them; saved as what it wraps."""
+  """Notes the keys of the batches that pass, and acts before one of them."""
 
-  def __init__(self, batches: Iterator[Any], at: int = -1, act: Any = None):
+  def __init__(self, at: int = -1, act: Any = None):
     self.keys: list[list[int]] = []
-    self._batches, self._at, self._act = batches, at, act
-    self.save, self.load = batches.save, batches.load
+    self._at, self._act = at, act
 
-  def __next__(self) -> Any:
-    batch = next(self._batches)
-    if len(self.keys) == self._at:
-      batch = self._act(batch) or batch
-    self.keys.append(batch["key"].tolist())
-    return batch
+  def __call__(self, start: int) -> Iterator[Any]:
+    for batch in stand_in.batches(start):
+      if len(self.keys) == self._at:
+        batch = self._act(batch) or batch
+      self.keys.append(batch["key"].tolist())
+      yield batch
 
 
 def test_resume_is_exact(straight: Any, tmp_path: Path) -> None:
   expected, scalars, keys = straight
   run(tmp_path, 3)
-  resumed = Spy(stand_in.batches())
+  resumed = Spy()
   actual, rest = run(tmp_path, 6, batches=resumed)
   assert actual.steps == 3
   assert_equal(expected.state, actual.state)
@@ -116,7 +115,7 @@ from tests import conftest, train_test, stand_in
 from pathlib import Path
 def die(batch):
   os.kill(os.getpid(), 9)
-train_test.run(Path({workdir!r}), 6, batches=train_test.Spy(stand_in.batches(), at=5, act=die))
+train_test.run(Path({workdir!r}), 6, batches=train_test.Spy(at=5, act=die))
 """
 
 
@@ -129,7 +128,7 @@ def test_resume_after_sigkill(straight: Any, tmp_path: Path) -> None:
     check=False,
   )
   assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-  spy = Spy(stand_in.batches())
+  spy = Spy()
   actual, _ = run(tmp_path, 6, batches=spy)
   assert 0 < actual.steps < 6
   assert_equal(straight[0].state, actual.state)
@@ -167,7 +166,7 @@ def test_learns_and_writes(tmp_path: Path) -> None:
 
 
 def test_nan_stops_and_names_keys(tmp_path: Path) -> None:
-  spy = Spy(stand_in.batches(), at=2, act=lambda batch: {**batch, "boxes": batch["boxes"] * np.nan})
+  spy = Spy(at=2, act=lambda batch: {**batch, "boxes": batch["boxes"] * np.nan})
   with pytest.raises(train.NonFiniteError, match=r"step 3: .*loss_box") as error:
     run(tmp_path, 8, batches=spy, log_every=4, save_every=4)
   assert str(spy.keys[2]) in str(error.value)
@@ -177,7 +176,7 @@ def test_nan_stops_and_names_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number, reason", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "preempted")])
 def test_signal_saves_and_stops(straight: Any, tmp_path: Path, number: int, reason: str, capfd: Any) -> None:
   before = signal.getsignal(number)
-  spy = Spy(stand_in.batches(), at=2, act=lambda batch: os.kill(os.getpid(), number))
+  spy = Spy(at=2, act=lambda batch: os.kill(os.getpid(), number))
   stopped, _ = run(tmp_path, 6, batches=spy, save_every=100)
   assert (stopped.stopped, stopped.steps) == (reason, 3)
   assert signal.getsignal(number) is before
@@ -193,13 +192,13 @@ def test_second_interrupt_aborts(tmp_path: Path) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
   with pytest.raises(KeyboardInterrupt):
-    run(tmp_path, 6, batches=Spy(stand_in.batches(), at=2, act=twice))
+    run(tmp_path, 6, batches=Spy(at=2, act=twice))
 
 
 def test_evaluates_and_keeps_the_best(tmp_path: Path) -> None:
   scores = iter([0.1, 0.5, 0.3])
 
-  def evaluate(predict: Any, stop: Any) -> dict[str, float]:
+  def evaluate(step: int, predict: Any, stop: Any) -> dict[str, float]:
     assert predict(next(stand_in.batches())).boxes.shape == (8, 4, 4)
     assert not stop()
     return {"frame_map_50": next(scores)}
@@ -215,7 +214,7 @@ def test_evaluates_and_keeps_the_best(tmp_path: Path) -> None:
 
 
 def test_stop_while_evaluating_repeats_the_evaluation(tmp_path: Path) -> None:
-  def interrupted(_: Any, stop: Any) -> None:
+  def interrupted(step: int, _: Any, stop: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop()
 

@@ -1,7 +1,7 @@
 """Checkpoints: the only module that calls Orbax.
 
 A run keeps two kinds below its ``checkpoints`` directory. ``last/<step>`` holds all that an exact resume
-needs: weights, optimizer, position in the data. ``best/<step>`` holds the weights to use (averaged ones where
+needs: step, weights, optimizer. ``best/<step>`` holds the weights to use (averaged ones where
 the run averages) of the evaluation with the best score. Both carry ``info``, a dictionary that says how to
 build the model and feed it, so that ``load_model`` needs nothing else. A checkpoint appears under its name
 only when it is complete.
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from vad_jax import models
@@ -78,26 +79,26 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *exception: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    if kind and jax.process_count() > 1:
+      return  # the end of a save would be waited for together with a process that may be gone
     with self._saving():
       self._last.close()
 
-  def save(self, state: State, batches: Iterator[Any], info: Info) -> None:
+  def save(self, state: State, info: Info) -> None:
     """Saves all that a resume needs, in the background; waits for the save before.
 
     Args:
       state: what ``train`` works on; may be donated as soon as this returns.
-      batches: grain iterator whose position is saved.
       info: see ``Loaded``.
 
     Raises:
       CheckpointError: this save or the one before could not be written.
     """
     self.wait()
-    items = {**_items(state), "data": batches}
     with self._saving():
       self._last.save_checkpointables_async(
-        int(state["step"]), items, force=True, overwrite=True, custom_metadata=_to_json(info)
+        int(state["step"]), _items(state), force=True, overwrite=True, custom_metadata=_to_json(info)
       )
 
   def save_best(self, state: State, info: Info) -> None:
@@ -115,12 +116,11 @@ class Checkpoints:
     best = _steps(self._directory / "best")
     return _read_info(best[-1]) if best else None
 
-  def restore(self, abstract_state: State, batches: Iterator[Any]) -> tuple[State, Info] | None:
-    """Restores the last checkpoint that is whole, and moves the data to its position.
+  def restore(self, abstract_state: State) -> tuple[State, Info] | None:
+    """Restores the last checkpoint that is whole, onto as many devices and processes as there are now.
 
     Args:
       abstract_state: ``jax.ShapeDtypeStruct`` with shardings, of the structure of the saved state.
-      batches: grain iterator built as the saved one was.
 
     Returns:
       State and info, or None where nothing was saved yet.
@@ -130,13 +130,15 @@ class Checkpoints:
     """
     steps = _steps(self._directory / "last")
     for path in reversed(steps):
+      loaded, info = {}, {}
       try:
         info = _read_info(path)
-        loaded = _load(path, {**_items(abstract_state), "data": batches})
+        loaded = _load(path, _items(abstract_state))
       except _DamagedError as error:
         logger.warning("%s: trying the one before", error)
-        continue
-      return {**loaded["training"], **loaded["weights"], **loaded.get("ema", {})}, info
+      # A process reads only its share: what is damaged for one is not used by any.
+      if multihost_utils.process_allgather(np.bool_(loaded)).all():
+        return {**loaded["training"], **loaded["weights"], **loaded.get("ema", {})}, info
     if steps:
       raise CheckpointError(f"{steps[0].parent}: no checkpoint is whole; remove the directory to train from the start")
     return None
@@ -252,8 +254,6 @@ def _load(path: Path, items: dict[str, Any]) -> dict[str, Any]:
   """
   faults = []
   for name, abstract in items.items():
-    if name == "data":
-      continue
     if name == "ema" and not (path / name).exists():
       faults.append("ema is missing in the checkpoint")
       continue

@@ -9,14 +9,12 @@ records, a held-out one with the detections drawn in ``videos/``. The best check
 frame-mAP@0.5, of tubes as well.
 """
 
-import contextlib
 import functools
 import json
-import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+import traceback
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,7 +27,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from vad_jax import checkpoint, convert, datasets, models, optim, predict, sharding, visualize
+from vad_jax import (
+  checkpoint,
+  convert,
+  datasets,
+  describe,
+  logs,
+  models,
+  optim,
+  predict,
+  processes,
+  sharding,
+  visualize,
+)
 from vad_jax.annotations import write_ava_csv
 from vad_jax.datasets.augment import Augment
 from vad_jax.datasets.loader import ClipSpec, KeyframeDataset, eval_batches, train_batches
@@ -43,7 +53,7 @@ from vad_jax.metrics.tube_report import write_tube_report
 from vad_jax.metrics.video_map import Dataset as Rules
 from vad_jax.metrics.video_map import Protocol as TubeProtocol
 from vad_jax.person_boxes import PersonBoxes
-from vad_jax.train import NonFiniteError, PredictFn, Result, make_predict, train
+from vad_jax.train import PEAK_FLOPS, NonFiniteError, PredictFn, Result, StopRequest, make_predict, train
 from vad_jax.tubes import write_detections, write_ground_truth
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes a type checker cannot know
@@ -52,10 +62,15 @@ Dataset = KeyframeDataset | TubeDataset
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with arguments: configs/evad_vitb.py:tiny")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go")
 _MODE = flags.DEFINE_enum("mode", "train_and_evaluate", ["train", "evaluate", "train_and_evaluate"], "What to do")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes (jax.distributed.initialize)")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Work with the other processes of a TPU, Slurm or GKE job")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "The same elsewhere: host:port of process 0, for all alike")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: the number of this process, from 0 up")
+_PROFILE = flags.DEFINE_bool("profile", False, "Trace steps 6 to 10 after the start, for TensorBoard's profiler")
 
-# Keys that may change between the runs of a working directory: they have no effect on what is learnt.
+_EXPECTED = (ValueError, OSError, NonFiniteError, jax.errors.JaxRuntimeError)
 _NUM_MAPS = 4  # shown in the report
+# Keys that may change between the runs of a working directory: they have no effect on what is learnt.
 _FREE_KEYS = (
   "eval.",
   "log.",
@@ -66,6 +81,7 @@ _FREE_KEYS = (
   "data.root",
   "data.workers",
   "matcher",
+  "nonfinite",
 )
 
 
@@ -76,18 +92,31 @@ def main(argv: list[str]) -> int:
   begun = time.perf_counter()
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life otherwise
+  by_hand = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  distributed = _DISTRIBUTED.value or by_hand != (None, None, None)
   try:
-    if _DISTRIBUTED.value:
-      jax.distributed.initialize()
+    if distributed:
+      processes.join(*by_hand)
+    code = _run(begun)
+  except Exception as error:
+    code = 1
+    if isinstance(error, _EXPECTED) and logging.get_verbosity() <= logging.INFO:
+      print(f"error: {_one_line(error)} (--v=1 shows where)", file=sys.stderr)
+    elif distributed:
+      traceback.print_exc()
+    else:
+      raise
+  if code and distributed:
+    processes.leave(code)
+  return code
+
+
+def _run(begun: float) -> int:
+  try:
     stopped = run(_CONFIG.value, Path(str(_WORKDIR.value)), _MODE.value, begun)
   except KeyboardInterrupt:
     print("aborted; a run goes on from its last checkpoint when it is started again", file=sys.stderr)
     return 130
-  except (ValueError, OSError, NonFiniteError) as error:
-    if logging.get_verbosity() > logging.INFO:
-      raise
-    print(f"error: {_one_line(error)} (--v=1 shows where)", file=sys.stderr)
-    return 1
   if stopped:
     print(f"{stopped}: all is saved; the same command goes on from here", file=sys.stderr)
   return 130 if stopped == "interrupted" else 0
@@ -129,10 +158,11 @@ def run(config: Config, workdir: Path, mode: str, begun: float) -> str:
   loaded = checkpoint.load_model(weights)
   graphdef, params, rest = checkpoint.split_model(loaded.model)
   placed = jax.device_put((params, rest), sharding.infer_sharding((params, rest), mesh))
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), StopRequest() as stop:
     predict_fn = functools.partial(jax.jit(make_predict(graphdef)), *placed)
-    evaluation = _evaluate(config, mesh, local_batch, sets["val"], loaded.info["label_map"], predict_fn)
-  assert evaluation is not None  # nobody asks it to stop
+    evaluation = _evaluate(config, mesh, local_batch, sets["val"], loaded.info["label_map"], predict_fn, stop)
+  if evaluation is None:
+    return stop.reason
   if jax.process_index() == 0:
     numbers = {
       **evaluation.metrics,
@@ -253,13 +283,10 @@ def _train(
     "label_map": sets["train"].label_map,
     "data": config.data.to_dict(),
   }
-  batches = train_batches(
-    sets["train"],
-    batch_size=local_batch,
-    seed=config.seed,
-    augment=Augment(**config.augment),
-    **_loading(config, training=True),
-  )
+
+  def make_batches(start: int) -> Any:
+    options = {"seed": config.seed, "start": start, "augment": Augment(**config.augment)}
+    return train_batches(sets["train"], batch_size=local_batch, **options, **_loading(config, training=True))
 
   def load_weights(system: Any) -> None:
     options = {"reinit_head": config.reinit_head, "resize_positions": config.resize_positions}
@@ -274,11 +301,13 @@ def _train(
     if jax.process_index() == 0:
       (workdir / "init_from.txt").write_text("\n\n".join(report.text() for report in reports) + "\n")
 
-  def evaluate_during(predict_fn: PredictFn, should_stop: Any) -> dict[str, float] | None:
+  def evaluate_during(step: int, predict_fn: PredictFn, should_stop: Any) -> dict[str, float] | None:
     label_map = sets["train"].label_map
     result = _evaluate(config, mesh, local_batch, sets["val"], label_map, predict_fn, should_stop)
     if result is None:
       return None
+    if jax.process_index() == 0:
+      writer.write_images(step, {"eval/found": logs.picture(sets["val"], result.detections, label_map)})
     if isinstance(result, TubeEvaluation):
       return result.metrics
     analysis = analyse(result.ground_truth, result.detections, label_map, protocol=_protocol(config))
@@ -286,11 +315,11 @@ def _train(
 
   with (
     checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
-    _writer(workdir / "logs") as writer,
+    logs.open_writer(workdir / "logs", _flatten(config.to_dict())) as writer,
   ):
     return train(
       lambda rngs: models.build(**model, rngs=rngs),
-      batches,
+      make_batches,
       num_steps=num_steps,
       make_optimizer=functools.partial(optim.make_optimizer, learning_rate=schedule, **config.optimizer),
       learning_rate=schedule,
@@ -302,13 +331,30 @@ def _train(
       matcher=config.matcher,
       microbatch=config.microbatch,
       ema_decay=config.ema_decay,
+      nonfinite=config.get("nonfinite", "stop"),
       seed=config.seed,
       load_weights=load_weights if config.init_from or config.init_transformer_from else None,
       log_every=config.log.every_steps,
       save_every=config.checkpoint.every_steps,
       evaluate_every=round(config.eval.every_epochs * steps_per_epoch),
       evaluate=evaluate_during if with_evaluation else None,
+      peak_steps_per_second=_peak_steps_per_second(config, mesh),
+      profile=str(workdir / "logs") if _PROFILE.value else None,
     )
+
+
+def _peak_steps_per_second(config: Config, mesh: Mesh) -> float | None:
+  """Steps that the devices could do at their peak; None where that is not known.
+
+  A step counts as three times the operations of the forward pass of its clips, on the largest canvas.
+  """
+  peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+  if peak is None or jax.process_index() > 0:
+    return None
+  height, width = np.reshape(config.canvas, (-1, 2)).max(axis=0).tolist()
+  size = (config.clip.num_frames, height, width)
+  multiply_adds = describe.describe(config, size, training=False)["total"]["exact"]
+  return peak * mesh.size / (3 * 2 * multiply_adds * config.batch_size)
 
 
 def _loading(config: Config, *, training: bool) -> dict[str, Any]:
@@ -371,22 +417,6 @@ def _rules(config: Config) -> Any:
   if _protocol(config) != "class_query":
     return None
   return config.data.name if config.data.name in get_args(Rules) else "jhmdb"
-
-
-@contextlib.contextmanager
-def _writer(directory: Path) -> Iterator[Any]:
-  """CLU's writer of TensorBoard logs; TensorFlow, which it needs, is kept off the accelerators and quiet."""
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-  import tensorflow as tf
-  from clu import metric_writers
-
-  tf.config.set_visible_devices([], "GPU")
-  writer = metric_writers.create_default_writer(str(directory), just_logging=jax.process_index() > 0)
-  try:
-    yield writer
-  finally:
-    writer.close()
 
 
 def _peak_memory() -> float:
@@ -522,6 +552,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
+  if processes.is_loss(error):
+    return f"another process stopped or cannot be reached; its own output says why ({str(error).splitlines()[0]})"
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    return str(error).splitlines()[0]
   return " ".join(str(error).split())
 
 

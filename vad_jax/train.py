@@ -7,13 +7,14 @@ that was stopped goes on exactly as if it had not been.
 
 import contextlib
 import functools
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,21 @@ from vad_jax.ops.matching import Method, match
 from vad_jax.sharding import infer_sharding, to_global
 
 PredictFn = Callable[[Batch], Detections]
-EvaluateFn = Callable[[PredictFn, Callable[[], bool]], dict[str, float] | None]
+EvaluateFn = Callable[[int, PredictFn, Callable[[], bool]], dict[str, float] | None]
+
+# Most bfloat16 operations a second without sparsity, by the name that JAX gives a device; vendors' data sheets.
+PEAK_FLOPS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H200": 989e12,
+}
+_TRACED = (5, 10)  # steps after which a profile begins and ends, counted from the start of this process
+_MOST_SKIPPED = 10  # steps in a row
 
 
 class NonFiniteError(RuntimeError):
@@ -63,7 +78,7 @@ class Result(NamedTuple):
 
 def train(
   make_model: Callable[[nnx.Rngs], Any],
-  batches: Iterator[Batch],
+  make_batches: Callable[[int], Iterator[Batch]],
   *,
   num_steps: int,
   make_optimizer: Callable[[Any], optax.GradientTransformation],
@@ -76,6 +91,7 @@ def train(
   matcher: Method = "device",
   microbatch: int | None = None,
   ema_decay: float | None = None,
+  nonfinite: Literal["stop", "skip"] = "stop",
   seed: int = 0,
   load_weights: Callable[[Any], None] | None = None,
   log_every: int = 50,
@@ -83,12 +99,15 @@ def train(
   evaluate_every: int = 0,
   evaluate: EvaluateFn | None = None,
   monitor: str = "frame_map_50",
+  peak_steps_per_second: float | None = None,
+  profile: str | None = None,
 ) -> Result:
   """Trains until ``num_steps``, from the last checkpoint where there is one.
 
   Args:
     make_model: builds the system; see ``vad_jax.models.System``.
-    batches: endless grain iterator of this process's share of the batches.
+    make_batches: makes the endless stream of this process's share of the batches, from the one with this number on.
+      One belongs to each step, so that the step says where to go on, whatever the number of processes was before.
     num_steps: steps in all, those before a resume included.
     make_optimizer: from (abstract) parameters to the optimizer.
     learning_rate: what the optimizer uses, to be logged.
@@ -102,36 +121,49 @@ def train(
       a batch. None takes all at once.
     ema_decay: keeps an exponential moving average of the parameters, which is then evaluated and saved as the
       best.
+    nonfinite: whether a loss term or gradient that is not finite stops the training, or the step is left out, with a
+      line about it and a count in ``skipped``; ten such steps in a row stop it in any case.
     seed: of the parameters and of all randomness in the steps.
     load_weights: fills the new model in place, where there is no checkpoint to resume from.
     log_every: steps.
     save_every: steps.
     evaluate_every: steps; the last step is evaluated in any case.
-    evaluate: from a function that predicts, and one that says whether to stop, to scores; None where it was
+    evaluate: from the step, a function that predicts, and one that says whether to stop, to scores; None where it was
       stopped.
     monitor: the score by which the best checkpoint is chosen.
+    peak_steps_per_second: what the devices could do at their best; the share of it that is reached is written as
+      ``mfu``.
+    profile: directory for a trace of some early steps, made by the first process.
 
   Raises:
     NonFiniteError: a loss term or the gradient is not finite; nothing is saved after it.
     CheckpointError: the checkpoint does not fit, or none is whole, or saving failed.
   """
   graphdef, optimizer, abstract, init = prepare(make_model, make_optimizer, mesh, sharding, ema_decay is not None, seed)
-  restored = checkpoints.restore(abstract, batches)
+  restored = checkpoints.restore(abstract)
   state, info = restored or (init(), {**info, "metrics": {}})
   if load_weights and not restored:
     state = _with_weights(state, graphdef, load_weights)
   step = first = int(state["step"])
+  batches = make_batches(step)
   train_step = make_train_step(
-    graphdef, optimizer, learning_rate, seed=seed, matcher=matcher, microbatch=microbatch, ema_decay=ema_decay
+    graphdef,
+    optimizer,
+    learning_rate,
+    seed=seed,
+    matcher=matcher,
+    microbatch=microbatch,
+    ema_decay=ema_decay,
+    skip=nonfinite == "skip",
   )
-  compiled, compile_seconds = None, 0.0
+  compiled, compile_seconds = {}, 0.0  # by the shape of the video, of which there are as many as canvases
   predict = jax.jit(make_predict(graphdef))
   best = (checkpoints.best_info() or {"metrics": {}})["metrics"].get(monitor, -np.inf)
-  meter = _Meter(writer)
+  meter = _Meter(writer, peak_steps_per_second, skip=nonfinite == "skip")
   if restored:
     print(f"resumed from step {step}", file=sys.stderr, flush=True)
 
-  with jax.set_mesh(mesh), _StopRequest() as stop, contextlib.ExitStack() as shown:
+  with jax.set_mesh(mesh), StopRequest() as stop, contextlib.ExitStack() as traced, contextlib.ExitStack() as shown:
     advance = None  # of the progress bar, which is not shown while something else is done
     changed = False  # since the last save
     while True:
@@ -140,7 +172,7 @@ def train(
         meter.flush(step)
         shown.close()
         advance = None
-        scores = evaluate(functools.partial(predict, state.get("ema", state["params"]), state["rest"]), stop)
+        scores = evaluate(step, functools.partial(predict, state.get("ema", state["params"]), state["rest"]), stop)
         if scores is not None:
           writer.write_scalars(step, {f"eval/{name}": value for name, value in scores.items()})
           info, changed = {**info, "metrics": {"step": step, **scores}}, True
@@ -151,7 +183,7 @@ def train(
       done = step == num_steps or stop()
       if changed and (done or step % save_every == 0):
         meter.flush(step)  # raises rather than save a state that is not finite
-        checkpoints.save(state, batches, {**info, "step": step})
+        checkpoints.save(state, {**info, "step": step})
         meter.restart()
         changed = False
       if done:
@@ -160,12 +192,20 @@ def train(
       host_batch = next(batches)
       meter.waited(time.perf_counter() - begun)
       batch = to_global(host_batch, mesh)
-      if compiled is None:
-        compiled, compile_seconds = compile_step(train_step, state, batch)
+      shape = batch["video"].shape
+      if shape not in compiled:
+        meter.flush(step)
+        compiled[shape], seconds = compile_step(train_step, state, batch)
+        compile_seconds += seconds
         meter.restart()
+      if profile and step - first in _TRACED:
+        meter.flush(step)  # waits for the steps before
+        traced.close()
+        if step - first == _TRACED[0] and jax.process_index() == 0:
+          traced.enter_context(jax.profiler.trace(profile))
       if advance is None:
         advance = shown.enter_context(progress.bar("train", num_steps, start=step))
-      state, metrics = compiled(state, batch)
+      state, metrics = compiled[shape](state, batch)
       step, changed = step + 1, True
       meter.add(step, metrics, host_batch["key"])
       advance(note=meter.flush(step) if step % log_every == 0 or step == first + 1 else "")
@@ -183,8 +223,12 @@ def make_train_step(
   matcher: Method,
   microbatch: int | None,
   ema_decay: float | None,
+  skip: bool = False,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
-  """Makes the pure function of one step: state and batch to the next state and scalars."""
+  """Makes the pure function of one step: state and batch to the next state and scalars.
+
+  Where ``skip`` is set, a step with scalars that are not finite changes nothing but the number of the step.
+  """
 
   def loss_fn(params: Any, rest: Any, batch: Batch, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
     model = nnx.merge(graphdef, params, rest)
@@ -206,10 +250,13 @@ def make_train_step(
       "grad_norm": optax.tree.norm(grads),
       "learning_rate": learning_rate(state["step"]),
     }
-    state = {**state, "step": state["step"] + 1, "params": params, "rest": rest, "opt": opt}
+    after = {**state, "params": params, "rest": rest, "opt": opt}
     if ema_decay is not None:
-      state["ema"] = optax.incremental_update(params, state["ema"], 1 - ema_decay)
-    return state, scalars
+      after["ema"] = optax.incremental_update(params, state["ema"], 1 - ema_decay)
+    if skip:
+      finite = jnp.isfinite(jnp.stack(jax.tree.leaves(scalars))).all()
+      after = jax.tree.map(functools.partial(jnp.where, finite), after, state)
+    return {**after, "step": state["step"] + 1}, scalars
 
   return train_step
 
@@ -317,9 +364,12 @@ class _Meter:
   The host runs at most one step ahead of the device: enough to keep it busy, without piling up batches.
   """
 
-  def __init__(self, writer: ScalarWriter):
+  def __init__(self, writer: ScalarWriter, peak_steps_per_second: float | None, *, skip: bool):
     self.train_seconds = 0.0
     self._writer = writer
+    self._peak = peak_steps_per_second
+    self._skip = skip
+    self._skipped = 0  # steps in a row
     self._pending: list[tuple[int, dict[str, Array], np.ndarray]] = []
     self._note = ""
     self.restart()
@@ -343,44 +393,61 @@ class _Meter:
     """Waits for all steps so far, writes the means and returns a note for the progress bar.
 
     Raises:
-      NonFiniteError: a scalar of one of the steps is not finite.
+      NonFiniteError: a scalar of one of the steps is not finite, and may not be or was not in the last ones either.
     """
     if not self._pending:
       return self._note
     values = jax.device_get([scalars for _, scalars, _ in self._pending])
-    for (number, _, keys), scalars in zip(self._pending, values, strict=True):
-      if bad := [name for name, value in scalars.items() if not np.isfinite(value)]:
-        raise NonFiniteError(
-          f"step {number}: {', '.join(bad)} not finite, for the batch with keys {keys.tolist()}; nothing of it "
-          "was saved. Look at these examples, lower the learning rate or clip the gradient"
-        )
+    finite = [scalars for pending, scalars in zip(self._pending, values, strict=True) if self._check(*pending, scalars)]
     seconds = time.perf_counter() - self._begun
     self.train_seconds += seconds
-    mean = {name: float(np.mean([scalars[name] for scalars in values])) for name in values[0]}
+    mean = {name: float(np.mean([scalars[name] for scalars in finite])) for name in values[0]} if finite else {}
     mean["steps_per_second"] = len(values) / seconds
     mean["data_wait_share"] = self._waited / seconds
+    if self._peak:
+      mean["mfu"] = mean["steps_per_second"] / self._peak
+    if self._skip:
+      mean["skipped"] = len(values) - len(finite)
     self._writer.write_scalars(step, {f"train/{name}": value for name, value in mean.items()})
     self._pending.clear()
     self.restart()
-    self._note = f"loss {mean['loss']:.4g}, {mean['steps_per_second']:.3g} steps/s"
+    self._note = f"loss {mean.get('loss', np.nan):.4g}, {mean['steps_per_second']:.3g} steps/s"
     return self._note
 
+  def _check(self, step: int, _: Any, keys: np.ndarray, scalars: dict[str, Array]) -> bool:
+    """Whether the scalars of a step are finite."""
+    bad = [name for name, value in scalars.items() if not np.isfinite(value)]
+    self._skipped = self._skipped + 1 if bad else 0
+    if not bad:
+      return True
+    what = f"step {step}: {', '.join(bad)} not finite, for the batch with keys {keys.tolist()}"
+    if self._skip and self._skipped < _MOST_SKIPPED:
+      print(f"\n{what}: skipped", file=sys.stderr, flush=True)
+      return False
+    already = f", and so were {self._skipped - 1} steps before" if self._skip else ""
+    raise NonFiniteError(
+      f"{what}{already}; nothing of it was saved. Look at these examples, lower the learning rate or clip the gradient"
+    )
 
-class _StopRequest:
+
+class StopRequest:
   """Turns ctrl-C and SIGTERM into a request that the loop asks for between steps; a second ctrl-C aborts.
 
   With several processes all must stop at the same step, so there only the notice of JAX's coordination
-  service counts, which passes on a SIGTERM that any of them got.
+  service counts, which passes on a SIGTERM that any of them got; ctrl-C becomes one.
   """
 
   def __init__(self) -> None:
     self.reason = ""
+    self._asked = False
     self._polls = 0
     self._handlers: dict[int, Any] = {}
 
-  def __enter__(self) -> "_StopRequest":
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._handlers = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+  def __enter__(self) -> "StopRequest":
+    if threading.current_thread() is threading.main_thread():
+      # That of SIGTERM belongs to the coordination service where there is one.
+      numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
+      self._handlers = {number: signal.signal(number, self._request) for number in numbers}
     return self
 
   def __exit__(self, *exception: object) -> None:
@@ -397,7 +464,11 @@ class _StopRequest:
 
   def _request(self, number: int, frame: FrameType | None) -> None:
     del frame
-    if self.reason and number == signal.SIGINT:
+    if self._asked and number == signal.SIGINT:
       raise KeyboardInterrupt
-    self.reason = "interrupted" if number == signal.SIGINT else "preempted"
+    self._asked = True
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self.reason = "interrupted" if number == signal.SIGINT else "preempted"
     print("\nstopping after this step, then saving (ctrl-C again aborts) ...", file=sys.stderr, flush=True)

@@ -3,10 +3,9 @@
   dataset = KeyframeDataset(keyframes, RecordFrames("data/mine/records/train"), ClipSpec(), label_map)
   batches = train_batches(dataset, batch_size=8, canvas=(288, 512), short_side=288, max_boxes=16, seed=0)
   batch = next(batches)  # vad_jax.batch.Batch
-  state = batches.get_state()  # and later: batches.set_state(state)
 
 The stream of batches depends on the seed alone: not on the number of workers, and the examples of all
-processes together not on the number of processes.
+processes together not on the number of processes. So the number of a batch is all that it takes to go on from there.
 """
 
 import collections
@@ -230,6 +229,7 @@ def train_batches(
   short_side: float | None,
   max_boxes: int,
   seed: int,
+  start: int = 0,
   max_proposals: int = 0,
   augment: Augment | None = None,
   workers: int = 0,
@@ -250,6 +250,7 @@ def train_batches(
       keeping proportions.
     max_boxes: ``M``; where a keyframe has more actors, the largest are kept.
     seed: of order and augmentation.
+    start: number of the first batch, which is 0 in a new run.
     max_proposals: ``P``; batches have proposals if it is positive: the targets first, then the best of the data set.
     augment: variation of the clips; none by default.
     workers: processes that load; 0 loads in threads of this process.
@@ -257,8 +258,7 @@ def train_batches(
     process_count: number of processes that share an epoch.
 
   Returns:
-    Iterator of `Batch`, with ``get_state`` and ``set_state``; a restored one goes on with exactly the batches
-    that the saved one would have given.
+    Iterator of `Batch`.
   """
   parts, sizes = [], []
   _report_crowds(dataset, max_boxes, max_proposals, with_targets=True)
@@ -269,7 +269,7 @@ def train_batches(
     # Sliced last, so that a draw belongs to an example of the epoch and not to its place in one process.
     parts.append(source[process_index::process_count].batch(batch_size, drop_remainder=True))
     sizes.append(len(indices))
-  return iter(_to_iter(grain.MapDataset.mix(parts, sizes), workers))
+  return iter(_to_iter(grain.MapDataset.mix(parts, sizes)[start:], workers))
 
 
 def eval_batches(
