@@ -12,6 +12,7 @@ convolutions of the traced step, of all chips together: forward and backward pas
 are those of the compiled program, as often as loops turn; their bytes are what a chip gives or gets, whichever is more.
 """
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -19,7 +20,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -148,7 +149,7 @@ def _compile(
   rows = NamedSharding(mesh, PartitionSpec(AXES))
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
   print(f"{len(batch['key'])} clips on {mesh.size} chips: ", end="", file=sys.stderr)
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), _backend_of(mesh):
     graphdef, optimizer, state, _ = prepare(
       make_model,
       functools.partial(optim.make_optimizer, learning_rate=schedule, **config.optimizer),
@@ -165,6 +166,7 @@ def _compile(
       matcher=config.matcher,
       microbatch=microbatch,
       ema_decay=config.ema_decay,
+      skip=config.get("nonfinite", "stop") == "skip",
     )
     jaxpr = jax.make_jaxpr(train_step)(state, batch).jaxpr
     try:
@@ -184,6 +186,17 @@ def _compile(
   return _Step(jaxpr, memory, compiled.cost_analysis()["bytes accessed"], collectives(compiled.as_text()))
 
 
+@contextlib.contextmanager
+def _backend_of(mesh: Mesh) -> Iterator[None]:
+  """Meanwhile layers, which ask ``jax.default_backend`` what is fast here, hear of the devices of the mesh."""
+  ours, theirs = jax.default_backend, mesh.devices.flat[0].platform
+  jax.default_backend = lambda: theirs
+  try:
+    yield
+  finally:
+    jax.default_backend = ours
+
+
 def _bytes_needed(message: str) -> int:
   """Bytes that a program would take, of the compiler's message that there are not as many.
 
@@ -192,7 +205,7 @@ def _bytes_needed(message: str) -> int:
   """
   used = re.search(r"([\d.]+)([KMGT])", message) if "RESOURCE_EXHAUSTED" in message else None
   if used is None:
-    raise ValueError(f"the step cannot be compiled for this slice: {message}")
+    raise ValueError(f"the step cannot be compiled for these chips: {message}")
   return int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
 
 
@@ -204,7 +217,7 @@ def largest_batch(
   Args:
     memory_of: bytes that so many clips take; slow.
     capacity: bytes that there are.
-    known: bytes for numbers of clips that are known already.
+    known: bytes for numbers of clips that are known already; 0 for what does not depend on them.
     seconds: no other attempt is begun that would end later if it took as long as the last one.
     took: seconds that the last one took.
 
@@ -213,9 +226,10 @@ def largest_batch(
   """
   tried = dict(known)
   end = time.monotonic() + seconds
+  stride = 1  # grows, since where memory is scarce the compiler finds ways to take less than the line says
   while True:
     fits = max((clips for clips, size in tried.items() if size <= capacity), default=0)
-    fails = min((clips for clips, size in tried.items() if size > capacity), default=None)
+    fails = min((clips for clips, size in tried.items() if clips and size > capacity), default=None)
     now = time.monotonic()
     if fails == fits + 1 or now + took > end:
       return fits, fails
@@ -224,8 +238,9 @@ def largest_batch(
       (a, size_a), (b, size_b) = sorted(tried.items(), key=lambda item: abs(item[1] - capacity))[:2]
       slope = max((size_b - size_a) / (b - a), 1.0)
       guess = int(a + (capacity - size_a) / slope)
-    clips = min(max(guess, fits + 1), (fails or 4 * fits + 2) - 1)
+    clips = min(max(guess, fits + stride), (fails or 4 * fits + 2) - 1)
     tried[clips] = memory_of(clips)
+    stride = 2 * stride if tried[clips] <= capacity else 1
     took = time.monotonic() - now
 
 
