@@ -32,7 +32,9 @@ def inputs(dtype=np.float64, points=2, spread=0.4):
   return [jnp.asarray(x, dtype) for x in (values, locations, rng.random((3, points, 4, 2, 7)))]
 
 
-def test_equals_the_plain_formula_and_so_do_gradients():
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_equals_the_plain_formula_and_so_do_gradients(monkeypatch, backend):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
   with jax.enable_x64(True):
     values, locations, weights = inputs()
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 7, 5)))
@@ -61,9 +63,11 @@ def test_gradients_are_differences():
       np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-6, err_msg=str(index))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_equals_pytorch(dtype):
+def test_equals_pytorch(monkeypatch, dtype, backend):
   """Places inside, on borders, half a cell outside and far outside."""
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
   recorded = golden_files.load("class_query/msdeform3d")["op"]
   with jax.enable_x64(dtype == np.float64):
     values = jnp.asarray(seeded.seeded(**recorded["value"]), dtype).transpose(0, 2, 1, 3)
@@ -124,6 +128,15 @@ def test_nothing_of_the_number_of_samples_is_stored():
   for function, most in ((forward, 1 / 16), (backward, 1 / 4)):  # of 16 turns; the backward pass stores those of one
     memory = function.lower(*arrays).compile().memory_analysis()
     assert memory.temp_size_in_bytes < most * samples
+
+
+def test_a_tpu_looks_up_one_row_for_a_sample(monkeypatch):
+  def look_ups(backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    text = str(jax.make_jaxpr(lambda v, l, w: sample_levels(v, SHAPES, l, w))(*inputs(np.float32)))
+    return text.count("= gather[")
+
+  assert (look_ups("tpu"), look_ups("cpu")) == (1, 8)
 
 
 def test_maps_that_do_not_fit_are_refused():

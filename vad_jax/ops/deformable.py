@@ -6,6 +6,9 @@ and where its cells are and what they weigh is worked out inside the same fused 
 cells that lie close together for queries that do. It needs no memory but the sum. On a CPU, XLA makes vector
 instructions of it, and on a GPU neighbouring threads read neighbouring channels. `benchmarks/deformable.py` compares
 with the formula written down plainly.
+
+A TPU looks up one row after the other, whole tiles of memory each time, and narrow rows lie across tiles. There, a row
+of the table holds a cell and the seven behind it: a sample is one row of whole tiles instead of eight parts of many.
 """
 
 import functools
@@ -51,43 +54,91 @@ def sample_levels(values: Array, shapes: Sequence[Shape], locations: Array, weig
   levels, points = locations.shape[:2]
   if cells != sum(t * h * w for t, h, w in shapes) or levels != len(shapes):
     raise ValueError(f"maps {list(shapes)} do not hold {cells} cells on {levels} levels")
-  table = values.reshape(batch, heads * cells, dim)
+  maps = tuple((t, h, w) for t, h, w in shapes)
+  table = _with_neighbours(values, maps) if jax.default_backend() == "tpu" else values
   samples = (x.reshape(levels * points, *x.shape[2:]) for x in (locations, weights))
-  out: Array = _sample(tuple(map(tuple, shapes)), table, *samples)
+  out: Array = _sample(maps, dim, table.reshape(batch, heads * cells, -1), *samples)
   return out.astype(values.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sample(shapes: tuple[Shape, ...], table: Array, locations: Array, weights: Array) -> Array:
-  """Sums ``[B, heads, Q, d]`` from ``[B, heads * S, d]``, ``[samples, 3, heads, B, Q]`` and ``[..., heads, B, Q]``."""
+def _with_neighbours(values: Array, shapes: tuple[Shape, ...]) -> Array:
+  """Puts the seven cells behind each one of a map beside it, so that one row holds what a sample needs.
+
+  Args:
+    values: ``[B, heads, S, d]``.
+    shapes: ``(t, h, w)`` of each map.
+
+  Returns:
+    ``[B, heads, S, 8 * d]``; behind the end of an axis there are zeros.
+  """
+  dim = values.shape[-1]
+  kernel = jnp.eye(8 * dim, dtype=values.dtype).reshape(2, 2, 2, dim, 8 * dim)
+
+  def join(cells: Array, shape: Shape) -> Array:
+    joined = jax.lax.conv_general_dilated(
+      cells.reshape(-1, *shape, dim),
+      kernel,
+      window_strides=(1, 1, 1),
+      padding=[(0, 1)] * 3,
+      dimension_numbers=("NTHWC", "THWIO", "NTHWC"),
+      precision="highest",  # copies stay exact
+    )
+    return joined.reshape(*cells.shape[:3], 8 * dim)
+
+  maps = jnp.split(values, np.cumsum([t * h * w for t, h, w in shapes])[:-1], 2)
+  return jnp.concatenate([join(cells, shape) for cells, shape in zip(maps, shapes, strict=True)], 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sample(shapes: tuple[Shape, ...], dim: int, table: Array, locations: Array, weights: Array) -> Array:
+  """Sums up samples.
+
+  Args:
+    shapes: ``(t, h, w)`` of each map.
+    dim: ``d``.
+    table: ``[B, heads * S, d]`` cells, or ``[B, heads * S, 8 * d]`` with their neighbours.
+    locations: ``[samples, 3, heads, B, Q]``.
+    weights: ``[samples, heads, B, Q]``.
+
+  Returns:
+    ``[B, heads, Q, d]``.
+  """
   _, heads, batch, queries = weights.shape
+  cells = table.shape[-1] // dim  # of a row
 
   def turn(total: Array, sample: tuple[Array, ...]) -> tuple[Array, None]:
     def of_clip(table: Array, location: Array, weight: Array) -> Array:
       rows, factors, _ = _corners(location, *sample[2:])
-      return sum((weight * factor)[..., None] * _look_up(table, row) for row, factor in zip(rows, factors, strict=True))
+      return sum(
+        _spread([weight * factor for factor in factors[first : first + cells]], dim) * _look_up(table, rows[first])
+        for first in range(0, 8, cells)
+      )
 
     return total + jax.vmap(of_clip, (0, 2, 1))(table, *sample[:2]), None
 
   start = jnp.zeros((batch, heads, queries, table.shape[-1]), jnp.result_type(table, locations, weights))
-  return jax.lax.scan(turn, start, (locations, weights, *_levels(shapes, locations)))[0]
+  total, _ = jax.lax.scan(turn, start, (locations, weights, *_levels(shapes, locations)))
+  return total.reshape(batch, heads, queries, cells, dim).sum(3)
 
 
-def _sample_forward(shapes: tuple[Shape, ...], *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
-  return _sample(shapes, *arrays), arrays
+def _sample_forward(shapes: tuple[Shape, ...], dim: int, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+  return _sample(shapes, dim, *arrays), arrays
 
 
 def _sample_backward(
-  shapes: tuple[Shape, ...], arrays: tuple[Array, ...], gradient: Array
+  shapes: tuple[Shape, ...], dim: int, arrays: tuple[Array, ...], gradient: Array
 ) -> tuple[Array, Array, Array]:
   table, locations, weights = arrays
+  cells = table.shape[-1] // dim
 
   def turn(total: Array, sample: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
     def of_clip(total: Array, table: Array, gradient: Array, location: Array, weight: Array) -> tuple[Array, ...]:
       rows, factors, slopes = _corners(location, *sample[2:])
-      rows = jnp.stack(rows, -1)
-      seen = jnp.moveaxis(jnp.einsum("hqkd,hqd->hqk", _look_up(table, rows), gradient), -1, 0)
+      rows = jnp.stack(rows[::cells], -1)
+      found = _look_up(table, rows).reshape(*gradient.shape[:2], 8, dim)
+      seen = jnp.moveaxis(jnp.einsum("hqkd,hqd->hqk", found, gradient), -1, 0)
       spread = weight[..., None, None] * jnp.stack(factors, -1)[..., None] * gradient[:, :, None]
+      spread = spread.reshape(*rows.shape, cells * dim)
       total = total.at[rows].add(spread, mode="promise_in_bounds", wrap_negative_indices=False)
       # Sums of eight terms: XLA's reductions over a short last axis are slow.
       along, interpolated = (
@@ -105,6 +156,11 @@ def _sample_backward(
 
 
 _sample.defvjp(_sample_forward, _sample_backward)
+
+
+def _spread(factors: Sequence[Array], dim: int) -> Array:
+  """Each factor for ``dim`` neighbouring channels of a last axis."""
+  return jnp.repeat(jnp.stack(factors, -1), dim, -1)
 
 
 def _levels(shapes: tuple[Shape, ...], locations: Array) -> tuple[Array, Array]:
