@@ -177,9 +177,20 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pyte
   topology.show(found)
   assert "the batch does not fit" in capsys.readouterr().out
 
-  message = "UNIMPLEMENTED: no such operation"
-  with pytest.raises(ValueError, match="cannot be compiled for these chips: UNIMPLEMENTED"):
-    describe.on_tpus(config(), SLICE, minutes=0)
+  for message in ("UNIMPLEMENTED: no such operation", "RESOURCE_EXHAUSTED: Used 140M of 128M vmem."):
+    with pytest.raises(ValueError, match=f"cannot be compiled for these chips: {message}"):
+      describe.on_tpus(config(), SLICE, minutes=0)
+
+
+@pytest.mark.parametrize(
+  "message",
+  [
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required (17.25G) exceeds available HBM (15.75G).",
+    "RESOURCE_EXHAUSTED: XLA:TPU error. Ran out of memory in memory space hbm. Used 17.25G of 15.75G.",
+  ],
+)
+def test_messages_of_the_compiler(message: str) -> None:
+  assert topology._bytes_needed(message) == int(17.25 * 2**30)
 
 
 def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

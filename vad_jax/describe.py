@@ -38,6 +38,7 @@ import json
 import math
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -588,7 +589,5 @@ def _tree_bytes(tree: Any) -> int:
 
 
 if __name__ == "__main__":
-  try:
-    sys.exit(main())
-  except KeyboardInterrupt:
-    sys.exit(130)
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, also in the middle of a compilation
+  sys.exit(main())

@@ -198,12 +198,12 @@ def _backend_of(mesh: Mesh) -> Iterator[None]:
 
 
 def _bytes_needed(message: str) -> int:
-  """Bytes that a program would take, of the compiler's message that there are not as many.
+  """Bytes that a program would take, of the compiler's message that a chip has not as many.
 
   Raises:
     ValueError: the message says something else.
   """
-  used = re.search(r"([\d.]+)([KMGT])", message) if "RESOURCE_EXHAUSTED" in message else None
+  used = re.search(r"RESOURCE_EXHAUSTED.*?\bhbm\b.*?([\d.]+)([KMGT])\b", message, re.IGNORECASE | re.DOTALL)
   if used is None:
     raise ValueError(f"the step cannot be compiled for these chips: {message}")
   return int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
