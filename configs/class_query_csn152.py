@@ -23,5 +23,6 @@ def get_config(arg: str | None = None, *, variant: str = "csn152") -> common.Con
   config.clip = ConfigDict({"num_frames": 32, "frame_stride": 2, "fps": 30.0})
   if options.tiny:
     class_query_vitb.learn_quickly(config, tubes=False)
+    config.init_from = None
     config.model.update({"variant": "tiny_csn", "norm": "batch"})
   return config

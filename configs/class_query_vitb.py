@@ -94,15 +94,15 @@ def train(config: common.Config, short_side: int, before: int) -> None:
 
 
 def learn_quickly(config: common.Config, *, tubes: bool) -> None:
-  """Turns a config into one that learns rendered people from nothing on two cores, in minutes."""
+  """Turns a config into one that learns rendered people on two cores, in minutes, given a backbone that saw such."""
   quick = quickstart.get_config()
   for key in ("data", "clip", "max_boxes", "augment", "optimizer", "schedule", "num_epochs", "batch_size"):
     config[key] = quick[key]
-  config.microbatch = None
+  config.microbatch, config.init_from = None, "quickstart"
   config.canvas, config.short_side = quick.canvas, quick.short_side
   config.eval.every_epochs = 2.0
   config.log.every_steps = 50
-  config.model = ConfigDict({**config.model.to_dict(), "variant": "tiny", "num_queries": 10, "drop_path": 0.0})
+  config.model = ConfigDict({**config.model.to_dict(), "variant": "tiny", "num_queries": 6, "drop_path": 0.0})
   config.model.update({"dropout": 0.0, "remat": False, "layers": None})
   if tubes:
     config.data.tubes = True

@@ -172,6 +172,23 @@ def test_backbone_of_a_system(evad_weights: Weights) -> None:
   assert_same(model.head, fresh.head)
 
 
+def test_backbone_of_another_system() -> None:
+  model = models.build("class_query", variant="tiny", num_queries=2, rngs=nnx.Rngs(0))
+  before = jax.tree.map(jnp.copy, nnx.state(model.decoder))
+  report = convert.load_reference(model, "quickstart")
+  wanted, _ = checkpoint.load_arrays("quickstart")
+  found = nnx.to_flat_state(nnx.state(model.backbone, nnx.Param))
+  assert len(found) == len(report.named("loaded")) == sum(name.startswith("backbone.") for name in wanted)
+  for path, variable in found:
+    np.testing.assert_array_equal(variable[...], wanted[".".join(map(str, ("backbone", *path)))])
+  jax.tree.map(np.testing.assert_array_equal, nnx.state(model.decoder), before)
+  assert str(report).startswith("backbone of evad of quickstart: ")
+
+  model.backbone.blocks.pop()
+  with pytest.raises(convert.ConversionError, match=r"unused: backbone\.blocks\.3\..*no parameter asks for"):
+    convert.load_reference(model, "quickstart")
+
+
 def test_positions_must_be_those_that_are_computed(videomae: Weights) -> None:
   table = sincos_positions(64, 96)[None]
   report = convert.load_reference(vit(), {**videomae, "pos_embed": table})

@@ -115,7 +115,8 @@ def load_reference(
   Args:
     model: a freshly built system or backbone. Weights of a backbone go into ``model.backbone`` of a system, whose other
       parameters keep their initial values.
-    weights: published names to arrays in the published layout; or a published file; or a checkpoint of ours.
+    weights: published names to arrays in the published layout; or a published file; or a checkpoint of ours. Of another
+      system's checkpoint the backbone is taken.
     source: one of ``SOURCES``; None finds it from the names.
     reinit_head: parameters that follow the number of classes keep their initial values where that number differs.
     resize_positions: tables of positions for another size of video are resized.
@@ -132,8 +133,11 @@ def load_reference(
     return _fill(model, weights, source, kind, reinit_head, resize_positions, parts)
   if checkpoint.is_checkpoint(weights):
     arrays, info = checkpoint.load_arrays(weights)
-    builds = info["model"]["name"]
-    own = Source(f"{builds} of {weights}", info.get("licence", ""), (), (), builds, dict)
+    title = builds = info["model"]["name"]
+    if parts is None and builds in models.MODELS and not isinstance(model, models.MODELS[builds]):
+      title, parts = f"backbone of {builds}", r"backbone\..*"
+    arrays = {name: array for name, array in arrays.items() if parts is None or re.fullmatch(parts, name)}
+    own = Source(f"{title} of {weights}", info.get("licence", ""), (), (), builds, dict)
     return _fill(model, arrays, "vad_jax", own, reinit_head, resize_positions, parts)
   file = weight_files.read(weights)
   try:
@@ -221,7 +225,7 @@ def _fill(
           hint = "; for other classes, have the head re-initialised"
         problems.append(f"shape: {published} {pieces[0].shape} does not fit {parameter} {shape}{hint}")
   left, complaints = _left_over(weights, used, kind, backbone.spare if within else "")
-  entries, problems = entries + left, problems + (complaints if parts is None else [])
+  entries, problems = entries + left, problems + (complaints if parts is None or not kind.names else [])
   if problems:
     lines = "".join(f"\n  {line}" for line in problems[:_MOST_PROBLEMS])
     more = f"\n  and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""

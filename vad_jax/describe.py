@@ -14,7 +14,8 @@ unknown length once), of a condition its dearest branch. There are three counts:
 * ``run``: all of that, as our program does it.
 * ``exact``: the same for the network as published. RoIAlign (matmuls here, gathers elsewhere) and the sums that tell
   which tokens are important do not count; a convolution that we apply before an enlargement and the official code
-  after it (lateral ones of EVAD's pyramid) counts as often as there.
+  after it (lateral ones of EVAD's pyramid) counts as often as there; a layer that we run for some of its queries (the
+  last one of the class queries' encoder for frames that are wanted) counts for all.
 * ``paper``: what the authors' counter sees, for comparison with their figure. EVAD's adds five for every element that
   a layer norm gets, and misses the first linear layer of each action classifier of the decoder and the two products
   of the self-attention in localisation layers (its projections count). Where ``vad_jax.papers`` knows no counter of a
@@ -65,6 +66,7 @@ NUM_CLASSES = {"ava": 80, "synthetic": 80, "jhmdb": 21, "ucf101_24": 24}  # of s
 COUNTS = ("exact", "paper", "run")  # see the module's docstring
 DEPTHWISE = "depthwise"  # named scope of convolutions that are sums of products of whole arrays
 NOT_COUNTED = ("roi_align", "importance")  # named scopes that only ``run`` counts
+QUERIES = re.compile(r"(\d+)_of_(\d+)_queries")  # named scope of what is run for so many queries instead of all
 
 
 def describe(config: Config, size: Size | None = None, *, training: bool = True) -> dict[str, Any]:
@@ -246,7 +248,10 @@ def multiply_adds(jaxpr: core.Jaxpr, model: Any, paper: Paper | None = None) -> 
     run = times * (_aval(eqn.outvars[0]).size if elementwise else _products(eqn))
     left_out = next((scope for scope in scopes if scope in NOT_COUNTED), None)
     rule = Rule("", 0, 0) if left_out else next((r for r in rules if re.fullmatch(r.path, path)), Rule("", 1, 1))
-    added = {"run": run, "exact": run * rule.exact, "paper": run * rule.paper}
+    published = run
+    for part, whole in (map(int, match.groups()) for scope in scopes if (match := QUERIES.fullmatch(scope))):
+      published = published * whole // part
+    added = {"run": run, "exact": published * rule.exact, "paper": published * rule.paper}
     if eqn.primitive.name == "rsqrt" and path in widths:  # the one of each layer norm, an element for each vector
       added["paper"] += norm * times * _aval(eqn.outvars[0]).size * widths[path]
     if any(added.values()):

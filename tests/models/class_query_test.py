@@ -10,7 +10,7 @@ from flax import nnx
 
 from configs import class_query_csn50, class_query_csn152, class_query_vitb
 from tests import golden_files
-from vad_jax import models, sharding
+from vad_jax import describe, models, sharding
 from vad_jax.layers.class_decoder import box_positions, logit
 from vad_jax.layers.position import corner_matrix
 from vad_jax.models import class_query
@@ -305,20 +305,22 @@ def test_logit_has_ends():
 
 
 @pytest.mark.parametrize(
-  ("config", "millions"),
+  ("config", "size", "millions", "gmacs"),
   [
-    (class_query_vitb.get_config(), 138.550),
-    (class_query_vitb.get_config("jhmdb"), 117.821),
-    (class_query_vitb.get_config("ucf101_24"), 117.823),
-    (class_query_csn152.get_config(), 86.007),
-    (class_query_csn50.get_config(), 69.434),
+    (class_query_vitb.get_config(), (16, 224, 224), 138.550, 609.4),
+    (class_query_vitb.get_config("jhmdb"), (40, 256, 352), 117.821, 3259.7),
+    (class_query_vitb.get_config("ucf101_24"), (32, 256, 352), 117.823, 3719.3),
+    (class_query_csn152.get_config(), (32, 256, 360), 86.007, 527.5),
+    (class_query_csn50.get_config(), (32, 256, 360), 69.434, 468.2),
   ],
   ids=["ava", "jhmdb", "ucf", "csn152", "csn50"],
 )
-def test_parameters_are_those_of_the_released_weights(config, millions):
-  classes = {"jhmdb": 21, "ucf101_24": 24}.get(config.data.name, 80)
-  model = nnx.eval_shape(lambda: models.build(**config.model, num_classes=classes, rngs=nnx.Rngs(0)))
-  assert round(sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))) / 1e6, 3) == millions
+def test_sizes_are_those_of_the_released_networks(config, size, millions, gmacs):
+  total = describe.describe(config, size, training=False)["total"]
+  assert round(total["parameters"] / 1e6, 3) == millions
+  assert total["exact"] / 1e9 == pytest.approx(gmacs, rel=0.003)
+  # In the last layer of the encoder a keyframe needs some frames alone.
+  assert total["run"] < 0.95 * total["exact"] or config.model.get("tubes")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from flax import nnx
 
 from vad_jax.batch import Array
 from vad_jax.layers.detr import XAVIER, DecoderLayer, FeedForward, attend, layer_norm
+from vad_jax.layers.from_scratch import RARE, spread_boxes
 
 Aggregation = Literal["actor", "weighted_sum", "mean"]
 Combination = Literal["sum", "concat", "cross_attention", "self_attention"]
@@ -341,7 +342,21 @@ class Decoder(nnx.Module):
     self.class_norm = layer_norm(dim, dtype, rngs) if asks else None
     self.unused_norm = layer_norm(dim, dtype, rngs) if asks else None  # released weights have it
     self.classifier = None if asks else nnx.Linear(dim, num_classes, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
-    self.class_dropout = nnx.Dropout(0.5)
+    self.class_dropout = nnx.Dropout(5 * dropout)
+
+  def start_from_scratch(self) -> None:
+    """Makes first guesses that a small network can learn from, see ``vad_jax.layers.from_scratch``."""
+    boxes = logit(jnp.asarray(spread_boxes(self.num_queries), jnp.float32))
+    self.anchors[...] = jnp.repeat(boxes, len(self.anchors[...]) // self.num_queries, 0)
+    outputs = self.confidence.out_features
+    self.confidence.bias = nnx.Param(jnp.zeros(outputs).at[outputs // 2].set(RARE))
+    if self.classifier is not None:
+      self.classifier.bias = nnx.Param(jnp.full(self.classifier.out_features, RARE))
+    if self.class_norm is not None:
+      # The mean of what comes of a LayerNorm is zero unless channels weigh differently.
+      channels = jnp.arange(self.class_norm.num_features)
+      self.class_norm.scale = nnx.Param(jnp.where(channels % 2, 6.0, -6.0))
+      self.class_norm.bias = nnx.Param(jnp.full(channels.shape, RARE))
 
   def __call__(
     self,

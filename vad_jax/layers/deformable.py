@@ -190,7 +190,8 @@ class EncoderLayer(nnx.Module):
 
     keys = None if rngs is None else jax.random.split(rngs.dropout(), turns)
     turn = jax.checkpoint(turn) if self.remat else turn
-    out = jax.lax.map(turn, (tuple(map(split, queries)), keys))
+    with jax.named_scope(f"{turns * size}_of_{tokens.shape[1]}_queries"):  # tells vad_jax.describe what is saved
+      out = jax.lax.map(turn, (tuple(map(split, queries)), keys))
     return jnp.moveaxis(out, 0, 1).reshape(batch, turns * size, dim)[:, :count]
 
 

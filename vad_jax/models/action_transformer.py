@@ -42,6 +42,7 @@ from flax import nnx
 
 from vad_jax.backbones.i3d import I3D, TRUNK_END, I3DHead, Norm
 from vad_jax.batch import Array, Batch, Detections
+from vad_jax.models._options import check_options
 from vad_jax.ops import losses
 from vad_jax.ops.anchors import anchor_boxes
 from vad_jax.ops.boxes import apply_deltas, box_deltas
@@ -126,15 +127,13 @@ class ActionTransformer(nnx.Module):
     Raises:
       ValueError: an option has a value that does not exist.
     """
-    for name, value, allowed in (
-      ("variant", variant, VARIANTS),
-      ("head", head, ("tx", "i3d", "tx_i3d")),
-      ("query", query, ("high_res", "low_res")),
-      ("boxes", boxes, ("rpn", "ground_truth")),
-      ("dtype", dtype, ("float32", "bfloat16")),
-    ):
-      if value not in allowed:
-        raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
+    check_options(
+      variant=(variant, VARIANTS),
+      head=(head, ("tx", "i3d", "tx_i3d")),
+      query=(query, ("high_res", "low_res")),
+      boxes=(boxes, ("rpn", "ground_truth")),
+      dtype=(dtype, ("float32", "bfloat16")),
+    )
     if proposals < 1:
       raise ValueError(f"proposals {proposals}: at least one is needed")
     sizes = VARIANTS[variant]

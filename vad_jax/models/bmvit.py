@@ -43,6 +43,7 @@ from vad_jax.backbones.vit import ViT
 from vad_jax.batch import Array, Batch, Detections
 from vad_jax.layers.attention import attend
 from vad_jax.layers.position import grid_box_bias
+from vad_jax.models._options import check_options
 from vad_jax.ops import boxes as box_ops
 from vad_jax.ops import losses
 from vad_jax.ops.pixels import normalize
@@ -113,13 +114,11 @@ class BMViT(nnx.Module):
     Raises:
       ValueError: an option has a value that does not exist.
     """
-    for name, value, allowed in (
-      ("variant", variant, VARIANTS),
-      ("tokens", tokens, (None, *SELECTIONS)),
-      ("dtype", dtype, ("float32", "bfloat16")),
-    ):
-      if value not in allowed:
-        raise ValueError(f"{name} {value!r}: choose one of {', '.join(map(str, allowed))}")
+    check_options(
+      variant=(variant, VARIANTS),
+      tokens=(tokens, (None, *SELECTIONS)),
+      dtype=(dtype, ("float32", "bfloat16")),
+    )
     sizes = VARIANTS[variant]
     compute = jnp.bfloat16 if dtype == "bfloat16" else None
     self.num_classes, self.action_weight, self.compute_dtype = num_classes, action_weight, compute

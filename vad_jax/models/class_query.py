@@ -46,8 +46,10 @@ from vad_jax.batch import Array, Batch, Detections
 from vad_jax.layers.class_decoder import Aggregation, Combination, Decoder
 from vad_jax.layers.deformable import Encoder
 from vad_jax.layers.detr import EncoderLayer
+from vad_jax.layers.from_scratch import dense_head
 from vad_jax.layers.position import corner_matrix, linear_matrix, volume_positions
 from vad_jax.layers.pyramid import MapPyramid, TokenPyramid
+from vad_jax.models._options import check_options
 from vad_jax.ops import losses
 from vad_jax.ops.boxes import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
 from vad_jax.ops.pixels import normalize
@@ -69,6 +71,7 @@ class Variant(NamedTuple):
     hidden: channels inside feed-forward parts.
     encoder_layers, decoder_layers: how many.
     points: samples that the encoder takes for each cell, head and level.
+    from_scratch: see ``vad_jax.layers.from_scratch``.
   """
 
   network: type[ViT] | type[CSN]
@@ -79,14 +82,15 @@ class Variant(NamedTuple):
   encoder_layers: int = 6
   decoder_layers: int = 6
   points: int = 8
+  from_scratch: bool = False
 
 
-_TINY = (64, 4, 128, 1, 2, 4)
+_TINY = (64, 4, 128, 1, 2, 2, True)
 VARIANTS = {
   "vitb": Variant(ViT, {"width": 768, "depth": 12, "heads": 12}),
   "csn152": Variant(CSN, csn.VARIANTS["csn152"]),
   "csn50": Variant(CSN, csn.VARIANTS["csn50"]),
-  "tiny": Variant(ViT, {"width": 96, "depth": 3, "heads": 3, "stem": "convolution"}, *_TINY),
+  "tiny": Variant(ViT, {"width": 128, "depth": 4, "heads": 4, "stem": "convolution"}, *_TINY),
   "tiny_csn": Variant(CSN, csn.VARIANTS["tiny"], *_TINY),
 }
 
@@ -179,22 +183,20 @@ class ClassQuery(nnx.Module):
     Raises:
       ValueError: an option has a value that does not exist.
     """
-    for name, value, allowed in (
-      ("variant", variant, VARIANTS),
-      ("faithful", faithful, ("official", "paper")),
-      ("encoder", encoder, ("deformable", "transformer")),
-      ("decoder", decoder, ("ldl_cdl", "ldl", "detr")),
-      ("aggregation", aggregation, ("actor", "weighted_sum", "mean")),
-      ("combination", combination, ("sum", "concat", "cross_attention", "self_attention")),
-      ("dtype", dtype, ("float32", "bfloat16")),
-    ):
-      if value not in allowed:
-        raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
+    check_options(
+      variant=(variant, VARIANTS),
+      faithful=(faithful, ("official", "paper")),
+      encoder=(encoder, ("deformable", "transformer")),
+      decoder=(decoder, ("ldl_cdl", "ldl", "detr")),
+      aggregation=(aggregation, ("actor", "weighted_sum", "mean")),
+      combination=(combination, ("sum", "concat", "cross_attention", "self_attention")),
+      dtype=(dtype, ("float32", "bfloat16")),
+    )
     sizes = VARIANTS[variant]
     if layers is not None:
       sizes = sizes._replace(encoder_layers=layers, decoder_layers=layers)
     self.tubes, self.published, self.remat = tubes, faithful == "paper", remat
-    self.empty_frames, self.auxiliary = empty_frames, auxiliary
+    self.empty_frames, self.auxiliary, self.from_scratch = empty_frames, auxiliary, sizes.from_scratch
     self.weights = _TUBES if tubes else _KEYFRAMES
     if class_weight is not None:
       self.weights = self.weights._replace(classes=class_weight)
@@ -230,6 +232,9 @@ class ClassQuery(nnx.Module):
       combination=combination,
       **parts,
     )
+    if sizes.from_scratch:
+      self.decoder.start_from_scratch()
+      self.dense = dense_head(sizes.dim, num_classes, rngs)
 
   def __call__(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> dict[str, Any]:
     """Runs the network.
@@ -286,6 +291,10 @@ class ClassQuery(nnx.Module):
       place = volume_positions(mask, frames, working.shape[-1]) + embeds[_WORKING]
     place = jnp.moveaxis(place[:, chosen], 1, 0).reshape(len(chosen), len(mask), -1, place.shape[-1])
     out = self._decode(memory, place, mask, rngs)
+    if self.from_scratch:
+      cells = memory[:, self.encoded_levels.index(_WORKING)].swapaxes(0, 1)
+      out["dense"] = self.dense(cells.reshape(*cells.shape[:2], *mask.shape[1:], -1))
+      out["visible"] = jnp.stack([mask[:, 0].sum(1), mask[:, :, 0].sum(1)], -1)  # columns and rows
     return {**out, "positions": positions, "encoded": encoded, "memory": memory, "memory_positions": place}
 
   def _resize(self, old: int, new: int) -> np.ndarray:
@@ -405,6 +414,10 @@ class ClassQuery(nnx.Module):
       for name, values in of_layer.items()
       for layer in range(0 if self.auxiliary else last, last + 1)
     }
+    if self.from_scratch:
+      cells = boxes * jnp.tile(out["visible"], 2)[:, None, None]
+      flat = (x.reshape(-1, *x.shape[2:]) for x in (out["dense"], cells, labels, mask))
+      terms["loss_dense"] = losses.dense_detection_loss(*flat, stride=1)
     return jnp.asarray(sum(terms.values())), terms
 
   def _confidence_entropy(self, logits: Array, matched: Array) -> Array:

@@ -39,7 +39,9 @@ from vad_jax.backbones import vit
 from vad_jax.batch import Array, Batch, Detections
 from vad_jax.layers.attention import Block, SelfAttention
 from vad_jax.layers.fpn import FeaturePyramid
+from vad_jax.layers.from_scratch import RARE, dense_head, spread_boxes
 from vad_jax.layers.position import video_positions
+from vad_jax.models._options import check_options
 from vad_jax.ops import boxes as box_ops
 from vad_jax.ops import losses
 from vad_jax.ops.pixels import normalize
@@ -133,11 +135,13 @@ class EVAD(nnx.Module):
     Raises:
       ValueError: an option has a value that does not exist.
     """
-    _check("variant", variant, VARIANTS)
-    _check("pruning", pruning, ("keyframe", "unified", "random"))
-    _check("token_order", token_order, ("official", "paper"))
-    _check("decoder_tokens", decoder_tokens, ("kept", "all"))
-    _check("dtype", dtype, ("float32", "bfloat16"))
+    check_options(
+      variant=(variant, VARIANTS),
+      pruning=(pruning, ("keyframe", "unified", "random")),
+      token_order=(token_order, ("official", "paper")),
+      decoder_tokens=(decoder_tokens, ("kept", "all")),
+      dtype=(dtype, ("float32", "bfloat16")),
+    )
     if not 0 < keep_rate <= 1:
       raise ValueError(f"keep_rate must be in (0, 1], not {keep_rate}")
     sizes = VARIANTS[variant]
@@ -165,7 +169,7 @@ class EVAD(nnx.Module):
     depth = sizes.decoder_depth if decoder_depth is None else decoder_depth
     self.decoder = ContextDecoder(sizes, depth, num_classes, drop_path, dtype=compute, rngs=rngs)
     if sizes.from_scratch:
-      self.dense = nnx.Linear(sizes.width, 5 + num_classes, bias_init=_dense_bias, rngs=rngs)
+      self.dense = dense_head(sizes.width, num_classes, rngs)
 
   def __call__(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> dict[str, Any]:
     """Runs the network.
@@ -436,9 +440,7 @@ class Proposals(nnx.Module):
   def __init__(self, count: int, sizes: Variant, *, rngs: nnx.Rngs):
     boxes = np.tile([0.5, 0.5, 1.0, 1.0], (count, 1))
     if sizes.from_scratch:
-      place = (np.arange(count) // 2 + 0.5) / ((count + 1) // 2)
-      size = np.where(np.arange(count)[:, None] % 2, [0.4, 0.8], [0.25, 0.6])
-      boxes = np.concatenate([place[:, None], np.full((count, 1), 0.55), size], axis=1)
+      boxes = spread_boxes(count)
     self.boxes = nnx.Param(jnp.asarray(boxes, jnp.float32))
     self.features = nnx.Param(rngs.params.normal((count, sizes.head_width)))
 
@@ -531,7 +533,7 @@ class ActionClassifier(nnx.Module):
 
   def __init__(self, sizes: Variant, num_classes: int, *, dtype: jnp.dtype | None, rngs: nnx.Rngs):
     dim, hidden = sizes.decoder_width, sizes.classifier_width
-    bias = nnx.initializers.constant(_RARE if sizes.from_scratch else 0.0)
+    bias = nnx.initializers.constant(RARE if sizes.from_scratch else 0.0)
     self.hidden = nnx.Linear(dim, hidden, use_bias=False, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
     self.norm = nnx.LayerNorm(hidden, epsilon=1e-5, dtype=dtype, rngs=rngs)
     self.logits = nnx.Linear(hidden, num_classes, kernel_init=_XAVIER, bias_init=bias, dtype=dtype, rngs=rngs)
@@ -542,18 +544,6 @@ class ActionClassifier(nnx.Module):
 
 
 _XAVIER = nnx.initializers.xavier_uniform()
-_RARE = -math.log(19)  # logit of 5 %: what a model that starts from scratch first thinks of every actor and action
-
-
-def _dense_bias(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, out_sharding: None = None) -> Array:
-  """Rare actors and actions, boxes of two strides to every side."""
-  del key, out_sharding
-  return jnp.full(shape, _RARE, dtype).at[1:5].set(math.log(2))
-
-
-def _check(name: str, value: str, allowed: Any) -> None:
-  if value not in allowed:
-    raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
 
 
 # --- Published weights ----------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from vad_jax.backbones.slowfast import SlowFast
 from vad_jax.batch import Array, Batch, Detections
 from vad_jax.layers.attention import attend
 from vad_jax.layers.position import sincos_positions
+from vad_jax.models._options import check_options
 from vad_jax.ops import losses
 from vad_jax.ops.boxes import iou
 from vad_jax.ops.pixels import normalize
@@ -105,13 +106,11 @@ class SpatioTemporalContext(nnx.Module):
     Raises:
       ValueError: an option has a value that does not exist.
     """
-    for name, value, allowed in (
-      ("variant", variant, VARIANTS),
-      ("context", context, CONTEXTS),
-      ("dtype", dtype, ("float32", "bfloat16")),
-    ):
-      if value not in allowed:
-        raise ValueError(f"{name} {value!r}: choose one of {', '.join(allowed)}")
+    check_options(
+      variant=(variant, VARIANTS),
+      context=(context, CONTEXTS),
+      dtype=(dtype, ("float32", "bfloat16")),
+    )
     sizes = VARIANTS[variant]
     self.compute_dtype = compute = jnp.bfloat16 if dtype == "bfloat16" else None
     self.backbone = SlowFast(**sizes.backbone, norm=norm, remat=remat, dtype=compute, rngs=rngs)
