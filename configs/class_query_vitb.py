@@ -105,6 +105,6 @@ def learn_quickly(config: common.Config, *, tubes: bool) -> None:
   config.model = ConfigDict({**config.model.to_dict(), "variant": "tiny", "num_queries": 6, "drop_path": 0.0})
   config.model.update({"dropout": 0.0, "remat": False, "layers": None})
   if tubes:
-    config.data.tubes = True
+    config.data.tubes, config.batch_size = True, 2
     config.clip.frame_stride = 1
     config.model.update({"tubes": True, "num_frames": 8})

@@ -344,8 +344,13 @@ class Decoder(nnx.Module):
     self.classifier = None if asks else nnx.Linear(dim, num_classes, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
     self.class_dropout = nnx.Dropout(5 * dropout)
 
-  def start_from_scratch(self) -> None:
-    """Makes first guesses that a small network can learn from, see ``vad_jax.layers.from_scratch``."""
+  def start_from_scratch(self, cells: Array, rngs: nnx.Rngs) -> None:
+    """Makes first guesses that a small network can learn from, see ``vad_jax.layers.from_scratch``.
+
+    Args:
+      cells: ``[n, n, D]`` positions of the cells of a map.
+      rngs: source of random numbers.
+    """
     boxes = logit(jnp.asarray(spread_boxes(self.num_queries), jnp.float32))
     self.anchors[...] = jnp.repeat(boxes, len(self.anchors[...]) // self.num_queries, 0)
     outputs = self.confidence.out_features
@@ -357,6 +362,20 @@ class Decoder(nnx.Module):
       channels = jnp.arange(self.class_norm.num_features)
       self.class_norm.scale = nnx.Param(jnp.where(channels % 2, 6.0, -6.0))
       self.class_norm.bias = nnx.Param(jnp.full(channels.shape, RARE))
+
+    # People look around where they are: positions of boxes and cells become comparable, in random directions.
+    side, _, dim = cells.shape
+    centers = jnp.stack(jnp.meshgrid(*[(jnp.arange(side) + 0.5) / side] * 2), -1).reshape(-1, 2)
+    wanted = box_positions(jnp.tile(centers, 2), dim)[:, :dim]
+    as_box = jnp.linalg.lstsq(cells.reshape(-1, dim), wanted, rcond=1e-2)[0]
+    for layer in self.layers:
+      if isinstance(layer, LocalizingLayer):
+        directions = nnx.initializers.orthogonal(2.0)(rngs.params(), (dim, dim))
+        layer.ca_qpos_sine.kernel = nnx.Param(directions)
+        layer.ca_kpos.kernel = nnx.Param(as_box @ directions)
+    if self.scale is not None:
+      last = self.scale.layers[-1]
+      last.bias = nnx.Param(jnp.ones(last.out_features))
 
   def __call__(
     self,

@@ -233,7 +233,8 @@ class ClassQuery(nnx.Module):
       **parts,
     )
     if sizes.from_scratch:
-      self.decoder.start_from_scratch()
+      cells = volume_positions(jnp.ones((1, 16, 16), bool), 1, sizes.dim)[0, 0] + self.level_embed[...][_WORKING]
+      self.decoder.start_from_scratch(cells, rngs)
       self.dense = dense_head(sizes.dim, num_classes, rngs)
 
   def __call__(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> dict[str, Any]:
