@@ -48,8 +48,8 @@ def assert_equal(a: Any, b: Any) -> None:
   jax.tree.map_with_path(lambda path, x, y: np.testing.assert_array_equal(x, y, str(path)), a, b)
 
 
-def save(directory: Path, steps: list[int], **kwargs: Any) -> None:
-  with Checkpoints(directory) as checkpoints:
+def save(directory: Path, steps: list[int], *, keep: int = 2, **kwargs: Any) -> None:
+  with Checkpoints(directory, keep=keep) as checkpoints:
     for step in steps:
       checkpoints.save(make_state(step, **kwargs), {**INFO, "step": step})
 
@@ -233,7 +233,7 @@ directory = Path(sys.argv[1])
 checkpoint_test.save(directory, [1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # bytes; what a full disk looks like
 try:
-  checkpoint_test.save(directory, [2])
+  checkpoint_test.save(directory, [2], keep=1)
 except CheckpointError as error:
   print(error)
 """

@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 from ml_collections import ConfigDict
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import quickstart
 from tests import stand_in
-from vad_jax import annotations, checkpoint, main, models, sharding, train
+from vad_jax import annotations, checkpoint, describe, main, models, sharding, train
+from vad_jax.datasets.loader import eval_batches
 from vad_jax.metrics import score
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +66,12 @@ def test_train_and_evaluate(config: ConfigDict, tmp_path: Path, capsys: Any) -> 
   assert "data:video/mp4" in page
   assert len(annotations.read_ava_csv(workdir / "detections.csv").action) > 0
   assert list((workdir / "videos").glob("*.mp4"))
-  assert list((workdir / "logs").iterdir())
+  logged = EventAccumulator(str(workdir / "logs")).Reload()
+  assert {"train/loss", "train/steps_per_second", "train/data_wait_share", "eval/frame_map_50"} <= set(
+    logged.Tags()["tensors"]
+  )
+  assert logged.SummaryMetadata("eval/found").plugin_data.plugin_name == "images"
+  assert "_hparams_/session_start_info" in logged.SummaryMetadata
   assert f"report: {workdir / 'report.html'}\n" in capsys.readouterr().out
   assert checkpoint.load_model(workdir).info["clip"] == config.clip.to_dict()
 
@@ -177,6 +185,28 @@ def test_starts_from_weights(config: ConfigDict, tmp_path: Path, capsys: Any) ->
   config.init_from = str(tmp_path / "nowhere")
   with pytest.raises(ValueError, match="nowhere"):
     run(config, tmp_path / "fifth", "train")
+
+
+def test_preempted_in_the_last_evaluation(config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  assert run(config, tmp_path, "train") == ""
+
+  def preempted(*args: Any, **kwargs: Any) -> Any:
+    signal.raise_signal(signal.SIGTERM)
+    return eval_batches(*args, **kwargs)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(main, "eval_batches", preempted)
+    assert run(config, tmp_path, "evaluate") == "preempted"
+  assert not (tmp_path / "metrics.json").exists()
+  assert run(config, tmp_path, "evaluate") == ""
+
+
+def test_peak_of_the_devices(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+  mesh = sharding.make_mesh({"data": 1})
+  assert main._peak_steps_per_second(config, mesh) is None
+  monkeypatch.setitem(train.PEAK_FLOPS, "cpu", 1e12)
+  multiply_adds = describe.describe(config, training=False)["total"]["exact"]
+  assert main._peak_steps_per_second(config, mesh) == pytest.approx(1e12 / (6 * multiply_adds * config.batch_size))
 
 
 def test_nothing_to_evaluate(config: ConfigDict, tmp_path: Path) -> None:
@@ -297,6 +327,7 @@ def test_exit_codes(run: Any, code: int, message: str, monkeypatch: pytest.Monke
     (["--config=configs/quickstart.py", "--config.batchsize=3"], 'Did you mean "batch_size"'),
     (["--config=configs/quickstart.py:small"], "config argument 'small' is not known; known: tiny"),
     (["--config=configs/quickstart.py", "--mode=trian"], "--mode=trian: value should be one of <train|"),
+    (["--config=configs/quickstart.py", "--distributed"], "found no cluster; give --coordinator, --num_processes"),
     (["--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
   ],
 )

@@ -87,10 +87,10 @@ def example(index: int) -> dict[str, np.ndarray]:
 
 def batches(start: int = 0, *, batch_size: int = 8, size: int = 40) -> Iterator[Batch]:
   """An endless shuffled stream from one of its batches on; of several processes, each gets its share."""
-  rows = (
-    grain.MapDataset.range(size).seed(0).shuffle().repeat().map(example)[jax.process_index() :: jax.process_count()]
-  )
-  return iter(rows.batch(batch_size // jax.process_count())[start:].to_iter_dataset())
+  share = batch_size // jax.process_count()
+  first = jax.process_index() * share
+  rows = grain.MapDataset.range(size).seed(0).shuffle().repeat().map(example).batch(batch_size)[start:]
+  return iter(rows.map(lambda batch: {k: v[first : first + share] for k, v in batch.items()}).to_iter_dataset())
 
 
 class Writer:

@@ -1,6 +1,7 @@
 """The training loop on a stand-in system: resume, meshes, stops."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,24 +111,31 @@ def test_average_of_parameters(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os
-from tests import conftest, train_test, stand_in
+import os, sys, threading, time
 from pathlib import Path
-def die(batch):
+from tests import conftest, train_test
+workdir, moment = Path(sys.argv[1]), sys.argv[2]
+def die(_=None):
   os.kill(os.getpid(), 9)
-train_test.run(Path({workdir!r}), 6, batches=train_test.Spy(at=5, act=die))
+def watch():
+  whole = lambda: [path for path in (workdir / "last").glob("*") if path.name.isdigit()]
+  before = len(whole())
+  while not (list((workdir / "last").glob("*tmp*")) and len(whole()) >= before + (before == 0)):
+    time.sleep(0.001)
+  die()
+if moment == "save":
+  threading.Thread(target=watch, daemon=True).start()
+train_test.run(workdir, 6, batches=train_test.Spy(at=3 if moment == "step" else -1, act=die), save_every=1)
 """
 
 
-def test_resume_after_sigkill(straight: Any, tmp_path: Path) -> None:
-  killed = subprocess.run(
-    [sys.executable, "-c", KILLED.format(workdir=str(tmp_path))],
-    cwd=Path(__file__).parents[1],
-    env={**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""},
-    capture_output=True,
-    check=False,
-  )
-  assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+def test_resume_after_sigkills(straight: Any, tmp_path: Path) -> None:
+  """In the middle of two saves, the first one with a whole checkpoint before it, then between steps."""
+  cache = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
+  for moment in ("save", "save", "step"):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), moment]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[1], env=cache, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
   spy = Spy()
   actual, _ = run(tmp_path, 6, batches=spy)
   assert 0 < actual.steps < 6
@@ -166,11 +174,59 @@ def test_learns_and_writes(tmp_path: Path) -> None:
 
 
 def test_nan_stops_and_names_keys(tmp_path: Path) -> None:
-  spy = Spy(at=2, act=lambda batch: {**batch, "boxes": batch["boxes"] * np.nan})
+  spy = Spy(at=2, act=poisoned)
   with pytest.raises(train.NonFiniteError, match=r"step 3: .*loss_box") as error:
     run(tmp_path, 8, batches=spy, log_every=4, save_every=4)
   assert str(spy.keys[2]) in str(error.value)
   assert not list((tmp_path / "last").iterdir())
+
+
+def poisoned(batch: Any) -> Any:
+  return {**batch, "boxes": batch["boxes"] * np.nan}
+
+
+def test_nan_is_skipped_and_counted(tmp_path: Path, capfd: Any) -> None:
+  spy = Spy(at=1, act=poisoned)
+  result, scalars = run(tmp_path / "skipped", 2, batches=spy, nonfinite="skip", ema_decay=0.5)
+  before, _ = run(tmp_path / "before", 1, ema_decay=0.5)
+  assert int(result.state.pop("step")) == int(before.state.pop("step")) + 1
+  assert_equal(result.state, before.state)
+  assert (scalars[1]["train/skipped"], scalars[2]["train/skipped"]) == (0, 1)
+  assert "train/loss" not in scalars[2]
+  assert re.search(rf"step 2: .*loss_box.* keys {re.escape(str(spy.keys[1]))}: skipped\n", capfd.readouterr().err)
+
+
+def test_nothing_but_nan_stops(tmp_path: Path) -> None:
+  def endless(start: int) -> Iterator[Any]:
+    return map(poisoned, stand_in.batches(start))
+
+  with pytest.raises(train.NonFiniteError, match=r"step 10: .*, and so were 9 steps before"):
+    run(tmp_path, 50, batches=endless, nonfinite="skip")
+
+
+def test_one_compilation_for_each_shape(tmp_path: Path, capfd: Any) -> None:
+  compilations = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: compilations.append(name) if name.endswith("backend_compile_duration") else None
+  )
+  counts = []
+
+  def two_shapes(start: int) -> Iterator[Any]:
+    for index, batch in enumerate(stand_in.batches(start), start):
+      counts.append(len(compilations))
+      yield {**batch, "video": batch["video"][:, :, : (8 if index % 2 else 4)]}
+
+  result, scalars = run(tmp_path, 6, batches=two_shapes, save_every=100, peak_steps_per_second=100.0)
+  assert capfd.readouterr().err.count("compiled in") == 2
+  assert counts[0] < counts[2] == counts[-1]
+  assert result.compile_seconds > 0
+  assert scalars[6]["train/mfu"] == scalars[6]["train/steps_per_second"] / 100
+
+
+def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(train, "_TRACED", (1, 3))
+  run(tmp_path, 4, profile=str(tmp_path / "logs"))
+  assert len(list((tmp_path / "logs").glob("plugins/profile/*/*.xplane.pb"))) == 1
 
 
 @pytest.mark.parametrize("number, reason", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "preempted")])

@@ -130,7 +130,8 @@ class Checkpoints:
     """
     steps = _steps(self._directory / "last")
     for path in reversed(steps):
-      loaded, info = {}, {}
+      loaded: dict[str, Any] = {}
+      info: Info = {}
       try:
         info = _read_info(path)
         loaded = _load(path, _items(abstract_state))

@@ -157,7 +157,9 @@ def run(config: Config, workdir: Path, mode: str, begun: float) -> str:
     weights = workdir
   loaded = checkpoint.load_model(weights)
   graphdef, params, rest = checkpoint.split_model(loaded.model)
-  placed = jax.device_put((params, rest), sharding.infer_sharding((params, rest), mesh))
+  # From host memory, since devices of another process take nothing from those of this one.
+  host = jax.tree.map(np.asarray, (params, rest))
+  placed = jax.device_put(host, sharding.infer_sharding(host, mesh))
   with jax.set_mesh(mesh), StopRequest() as stop:
     predict_fn = functools.partial(jax.jit(make_predict(graphdef)), *placed)
     evaluation = _evaluate(config, mesh, local_batch, sets["val"], loaded.info["label_map"], predict_fn, stop)

@@ -339,10 +339,15 @@ def _with_weights(state: State, graphdef: Any, load_weights: Callable[[Any], Non
   model = nnx.merge(graphdef, state["params"], state["rest"])
   load_weights(model)
   _, params, rest = split_model(model)
-  filled = {**state, "params": params, "rest": rest}
-  if "ema" in state:
-    filled["ema"] = jax.tree.map(jnp.copy, params)
-  return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), filled, state)
+  weights = {"params": params, "rest": rest, **({"ema": params} if "ema" in state else {})}
+
+  def place(new: Array, old: Array) -> Array:
+    if isinstance(new, jax.Array) and new.sharding == old.sharding:
+      return jnp.copy(new)
+    # From host memory, since devices of another process take nothing from those of this one.
+    return jax.device_put(np.asarray(new), old.sharding)
+
+  return {**state, **jax.tree.map(place, weights, {name: state[name] for name in weights})}
 
 
 def compile_step(train_step: Callable[..., Any], state: State, batch: Batch) -> tuple[Callable[..., Any], float]:

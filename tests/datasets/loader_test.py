@@ -145,6 +145,9 @@ def test_processes_share_an_epoch(dataset):
   ]
   # The same examples with the same augmentation as one process has them, dealt out.
   assert_equal([batch for turn in zip(*shared, strict=True) for batch in turn], alone)
+  two = [take(train_batches(dataset, batch_size=2, process_index=i, process_count=2, **options), 6) for i in range(2)]
+  for together, *parts in zip(take(train_batches(dataset, batch_size=4, **options), 6), *two, strict=True):
+    np.testing.assert_array_equal(together["key"], np.concatenate([part["key"] for part in parts]))
 
 
 def test_the_stream_does_not_depend_on_the_number_of_workers(dataset):

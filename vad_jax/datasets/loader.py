@@ -4,8 +4,8 @@
   batches = train_batches(dataset, batch_size=8, canvas=(288, 512), short_side=288, max_boxes=16, seed=0)
   batch = next(batches)  # vad_jax.batch.Batch
 
-The stream of batches depends on the seed alone: not on the number of workers, and the examples of all
-processes together not on the number of processes. So the number of a batch is all that it takes to go on from there.
+The stream of batches depends on the seed alone, not on the number of workers; those of all processes, one after the
+other, are the batches of a single one. So the number of a batch is all that it takes to go on from there.
 """
 
 import collections
@@ -266,8 +266,9 @@ def train_batches(
     rows = _Rows(dataset, shape, short_side, max_boxes, max_proposals)
     source: Any = grain.MapDataset.source(indices).seed(seed).shuffle().repeat()
     source = source.random_map(functools.partial(rows.train, options=augment))
-    # Sliced last, so that a draw belongs to an example of the epoch and not to its place in one process.
-    parts.append(source[process_index::process_count].batch(batch_size, drop_remainder=True))
+    # Shared out last, so that a draw belongs to an example of the epoch and not to its place in one process.
+    share = grain.MapDataset.source(_Share(source, batch_size, process_index, process_count))
+    parts.append(share.batch(batch_size, drop_remainder=True))
     sizes.append(len(indices))
   return iter(_to_iter(grain.MapDataset.mix(parts, sizes)[start:], workers))
 
@@ -342,6 +343,23 @@ def _report_crowds(dataset: ClipDataset, max_boxes: int, max_proposals: int, *, 
     crowded = int((counts @ [with_targets, 1] > max_proposals).sum())
     if crowded:
       logger.warning("%d examples have more than %d proposals; only the best are kept", crowded, max_proposals)
+
+
+class _Share:
+  """The rows of one process: its place in each batch that all processes share."""
+
+  def __init__(self, rows: Any, batch_size: int, process_index: int, process_count: int):
+    self._rows = rows
+    self._batch_size = batch_size
+    self._offset = process_index * batch_size
+    self._stride = process_count * batch_size
+
+  def __len__(self) -> int:
+    return len(self._rows) // self._stride * self._batch_size
+
+  def __getitem__(self, index: int) -> Example:
+    batch, row = divmod(index, self._batch_size)
+    return self._rows[batch * self._stride + self._offset + row]
 
 
 class _Rows:
