@@ -144,6 +144,9 @@ def test_tubes_ask_for_their_own_settings(tube_config: ConfigDict, tmp_path: Pat
   tube_config.eval.protocol, tube_config.eval.actor_threshold = "act", 0.5
   with pytest.raises(ValueError, match=r"actor_threshold and \.score_threshold are for keyframes"):
     run(tube_config, tmp_path)
+  tube_config.model.tubes = False
+  with pytest.raises(ValueError, match=r"config\.data\.tubes is True and config\.model\.tubes is not"):
+    run(tube_config, tmp_path)
   assert not (tmp_path / "config.json").exists()
 
 

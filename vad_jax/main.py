@@ -220,9 +220,14 @@ def _protocol(config: Config) -> Any:
   """How detections are scored.
 
   Raises:
-    ValueError: the protocol is not known, or other settings are not for tubes.
+    ValueError: the protocol is not known, other settings are not for tubes, or the model is not.
   """
   tubes = config.data.get("tubes", False)
+  if tubes != config.model.get("tubes", False):
+    raise ValueError(
+      f"config.data.tubes is {tubes} and config.model.tubes is not: a system for keyframes learns from keyframes, "
+      "one for tubes from tubes"
+    )
   known = get_args(TubeProtocol) if tubes else tuple(PROTOCOLS)
   protocol = config.eval.protocol or ("class_query" if tubes else "activitynet")
   if protocol not in known:
