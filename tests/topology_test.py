@@ -122,16 +122,21 @@ def test_microbatches_take_turns() -> None:
   assert found["flops"] == described()["flops"]
 
 
-def test_step_is_that_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-  """Layers choose as on the chips that it is compiled for, and nothing else of JAX hears of that."""
+def test_step_is_that_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+  """And layers choose as on the chips that it is compiled for."""
   seen = []
-  make_train_step = train.make_train_step
-  monkeypatch.setattr(
-    topology, "make_train_step", lambda *a, **k: seen.append(jax.default_backend()) or make_train_step(*a, **k)
-  )
-  describe.on_tpus(config(), SLICE, minutes=0)
-  assert seen == ["tpu" if WITH_TPUS else "cpu"]
-  assert jax.default_backend() == "cpu"
+
+  def make_train_step(*arguments: Any, **options: Any) -> Any:
+    seen.append((jax.default_backend(), options))
+    return train.make_train_step(*arguments, **options)
+
+  monkeypatch.setattr(topology, "make_train_step", make_train_step)
+  monkeypatch.setattr(jax, "default_backend", lambda: "elsewhere")
+  options = {"seed": 3, "matcher": "device", "microbatch": 1, "ema_decay": 0.9}
+  found = describe.on_tpus(config(**options), SLICE, minutes=0)
+  assert seen == [("tpu" if WITH_TPUS else "cpu", {**options, "skip": False})]
+  assert found["memory"]["arguments"] > 16 * PARAMETERS  # with the average
+  assert jax.default_backend() == "elsewhere"
 
 
 def test_collectives() -> None:
