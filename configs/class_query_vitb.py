@@ -98,13 +98,13 @@ def learn_quickly(config: common.Config, *, tubes: bool) -> None:
   quick = quickstart.get_config()
   for key in ("data", "clip", "max_boxes", "augment", "optimizer", "schedule", "num_epochs", "batch_size"):
     config[key] = quick[key]
-  config.microbatch, config.init_from = None, "quickstart"
+  config.num_steps, config.microbatch, config.init_from = 1500, None, "quickstart"
   config.canvas, config.short_side = quick.canvas, quick.short_side
   config.eval.every_epochs = 2.0
   config.log.every_steps = 50
   config.model = ConfigDict({**config.model.to_dict(), "variant": "tiny", "num_queries": 6, "drop_path": 0.0})
   config.model.update({"dropout": 0.0, "remat": False, "layers": None})
   if tubes:
-    config.data.tubes, config.batch_size = True, 2
+    config.data.tubes, config.batch_size, config.num_steps = True, 2, 800
     config.clip.frame_stride = 1
     config.model.update({"tubes": True, "num_frames": 8})
