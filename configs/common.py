@@ -53,7 +53,8 @@ def base() -> Config:
   # Name of a schedule of vad_jax.optim, and its arguments.
   config.schedule = ConfigDict({"name": "cosine", "learning_rate": 1e-4})
   config.ema_decay = config_dict.placeholder(float)
-  config.matcher = "device"  # or "scipy"
+  config.matcher = "device"  # or "scipy", on the host
+  config.nonfinite = "stop"  # where a loss is not finite; or "skip", which leaves such steps out and counts them
 
   config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that are left
   config.sharding = "replicate"  # or "fsdp"

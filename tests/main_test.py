@@ -218,6 +218,16 @@ def test_nothing_to_evaluate(config: ConfigDict, tmp_path: Path) -> None:
   assert not (tmp_path / "typo").exists()
 
 
+@pytest.mark.parametrize("name", ["--workdir", "config.data.root"])
+def test_buckets_are_to_be_mounted(config: ConfigDict, tmp_path: Path, monkeypatch: Any, name: str) -> None:
+  monkeypatch.chdir(tmp_path)
+  workdir = "gs://bucket/run" if name == "--workdir" else "run"
+  config.data.root = "data" if name == "--workdir" else "gs://bucket/data"
+  with pytest.raises(ValueError, match=f"{name} 'gs:/.*' is in a bucket: mount it"):
+    run(config, Path(workdir))
+  assert not list(tmp_path.iterdir())
+
+
 def test_unwritable_workdir(config: ConfigDict, tmp_path: Path) -> None:
   (tmp_path / "file").touch()
   with pytest.raises(OSError, match=r"workdir .*file/run cannot be written: Not a directory"):

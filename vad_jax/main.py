@@ -11,6 +11,7 @@ frame-mAP@0.5, of tubes as well.
 
 import functools
 import json
+import re
 import resource
 import sys
 import time
@@ -139,8 +140,13 @@ def run(config: Config, workdir: Path, mode: str, begun: float) -> str:
   if mode == "evaluate" and not weights:
     raise FileNotFoundError(f"workdir {workdir} holds no checkpoints to evaluate; train first, or set config.init_from")
   _protocol(config)
-  _claim(workdir, config)
+  for name, path in (("--workdir", workdir), ("config.data.root", config.data.root)):
+    if re.match(r"\w\w+:/", str(path)):
+      raise ValueError(f"{name} {str(path)!r} is in a bucket: mount it and give the path there (docs/tpu.md)")
   mesh = sharding.make_mesh(config.mesh.to_dict())
+  if config.matcher == "scipy" and mesh.devices.flat[0].platform == "tpu":
+    raise ValueError("config.matcher 'scipy' would stop the TPU in every step to ask the host: take 'device'")
+  _claim(workdir, config)
   local_batch = sharding.local_batch_size(config.batch_size, mesh)
   sets = _load_data(config, mode)
   numbers: dict[str, Any] = {}
@@ -338,7 +344,7 @@ def _train(
       matcher=config.matcher,
       microbatch=config.microbatch,
       ema_decay=config.ema_decay,
-      nonfinite=config.get("nonfinite", "stop"),
+      nonfinite=config.nonfinite,
       seed=config.seed,
       load_weights=load_weights if config.init_from or config.init_transformer_from else None,
       log_every=config.log.every_steps,

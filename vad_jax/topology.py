@@ -166,7 +166,7 @@ def _compile(
       matcher=config.matcher,
       microbatch=microbatch,
       ema_decay=config.ema_decay,
-      skip=config.get("nonfinite", "stop") == "skip",
+      skip=config.nonfinite == "skip",
     )
     jaxpr = jax.make_jaxpr(train_step)(state, batch).jaxpr
     try:
