@@ -14,36 +14,18 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from tests import stand_in
 from vad_jax import optim, sharding, train
 from vad_jax.checkpoint import Checkpoints
 
-GROUPS = (("parts", 2.0),)
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 SCHEDULE = optax.schedules.linear_schedule(1e-2, 1e-3, 12)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-  """Lets the many short runs share compiled programs."""
-  settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+def straight(compile_once: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
   """Six steps without a break: result, scalars and keys of the batches."""
   spy = Spy()
   result, scalars = run(tmp_path_factory.mktemp("straight"), 6, batches=spy)

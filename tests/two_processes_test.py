@@ -115,15 +115,19 @@ def test_a_preemption_of_one_saves_all_and_a_death_of_one_stops_all(tmp_path: Pa
   assert "Traceback" not in output
 
 
-LATE = "from vad_jax import processes; processes.JOIN_SECONDS = 2; processes.join('localhost:29876', 2, {})"
+LATE = "from vad_jax import processes; processes.JOIN_SECONDS = 2; processes.join('localhost:{}', 2, {})"
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_a_process_that_never_joins(index: int) -> None:
-  command = [sys.executable, "-c", LATE.format(index)]
-  result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-  assert result.returncode == -signal.SIGABRT
-  assert result.stderr.splitlines()[-1].startswith("error: ended by JAX, since another process stopped, ")
+def test_a_process_that_never_joins() -> None:
+  """The first of two waits for the second, and the second of others for the first."""
+  waiting = [
+    subprocess.Popen([sys.executable, "-c", LATE.format(port, index)], stderr=subprocess.PIPE, text=True)
+    for index, port in enumerate((29876, 29877))
+  ]
+  for process in waiting:
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGABRT
+    assert error.splitlines()[-1].startswith("error: ended by JAX, since another process stopped, ")
 
 
 @pytest.mark.parametrize(

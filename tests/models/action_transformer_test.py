@@ -11,15 +11,14 @@ import pytest
 from flax import nnx
 
 from configs import action_transformer_i3d
-from tests import seeded
-from vad_jax import describe, models, sharding
+from tests import eight_devices, seeded
+from vad_jax import describe, models
 from vad_jax.backbones.i3d import I3D
 from vad_jax.models import action_transformer
 from vad_jax.models.action_transformer import ActionTransformer, Place, Variant, principal_colors
 from vad_jax.ops.nms import nms
 from vad_jax.ops.roi_align import roi_pool
 from vad_jax.papers import PAPERS
-from vad_jax.train import make_predict
 
 CLASSES = 5
 OPTIONS = [
@@ -388,15 +387,8 @@ def test_bfloat16_is_close(run):
     assert np.abs(found[name] - exact[name]).max() < 0.05 * np.abs(exact[name]).max(), name
 
 
-@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices; tests/conftest.py makes virtual ones")
-def test_eight_devices_agree_with_one(model, run):
-  batch = make_batch(rows=8)
-  mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
-  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-  with jax.set_mesh(mesh):
-    spread = jax.jit(make_predict(graphdef))(params, rest, sharding.to_global(batch, mesh))
-  for ours, expected in zip(spread, run(batch)[2], strict=True):
-    np.testing.assert_allclose(ours, expected, atol=2e-5)
+def test_eight_devices_agree_with_one(model):
+  eight_devices.check(model, make_batch(rows=8))
 
 
 @pytest.fixture

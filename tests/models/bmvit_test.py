@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 
 from configs import bmvit_hieral, bmvit_mvitv2s, bmvit_vitb
-from vad_jax import models, sharding
+from tests import eight_devices
+from vad_jax import models
 from vad_jax.layers.position import grid_box_bias
 from vad_jax.models import bmvit
 from vad_jax.ops.matching import match
-from vad_jax.train import make_predict
 
 CLASSES = 5
 
@@ -248,15 +248,8 @@ def test_bfloat16_is_close():
     assert np.abs(np.asarray(getattr(found, name)) - np.asarray(getattr(exact, name))).max() < 0.05, name
 
 
-@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices; tests/conftest.py makes virtual ones")
-def test_eight_devices_agree_with_one(model, run):
-  batch = make_batch(rows=8)
-  mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
-  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-  with jax.set_mesh(mesh):
-    spread = jax.jit(make_predict(graphdef))(params, rest, sharding.to_global(batch, mesh))
-  for ours, expected in zip(spread, run(batch)[3], strict=True):
-    np.testing.assert_allclose(ours, expected, atol=2e-5)
+def test_eight_devices_agree_with_one(model):
+  eight_devices.check(model, make_batch(rows=8))
 
 
 @pytest.mark.parametrize(

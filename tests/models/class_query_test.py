@@ -9,15 +9,14 @@ import pytest
 from flax import nnx
 
 from configs import class_query_csn50, class_query_csn152, class_query_vitb
-from tests import golden_files
-from vad_jax import describe, models, sharding
+from tests import eight_devices, golden_files
+from vad_jax import describe, models
 from vad_jax.layers.class_decoder import box_positions, logit
 from vad_jax.layers.position import corner_matrix
 from vad_jax.models import class_query
 from vad_jax.models.class_query import ClassQuery, Variant
 from vad_jax.ops import boxes as box_ops
 from vad_jax.ops import matching
-from vad_jax.train import make_predict
 
 CLASSES, FRAMES, QUERIES = 5, 4, 3
 SMALL = Variant(
@@ -270,15 +269,8 @@ def test_bfloat16_is_close():
     assert np.abs(np.asarray(getattr(found, name)) - np.asarray(getattr(exact, name))).max() < 0.05
 
 
-@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices; tests/conftest.py makes virtual ones")
 def test_eight_devices_agree_with_one():
-  batch, model = make_batch(rows=8), make_model()
-  mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
-  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-  with jax.set_mesh(mesh):
-    spread = jax.jit(make_predict(graphdef))(params, rest, sharding.to_global(batch, mesh))
-  for ours, expected in zip(spread, run(model, batch)[1], strict=True):
-    np.testing.assert_allclose(ours, expected, atol=2e-5)
+  eight_devices.check(make_model(), make_batch(rows=8))
 
 
 # --- Parts by hand --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from vad_jax import sharding
+from tests import eight_devices
 from vad_jax.models import build
 from vad_jax.models.evad import EVAD, VARIANTS, Variant
 from vad_jax.ops.matching import match
@@ -212,27 +212,8 @@ def test_bfloat16_stays_near_float32():
     assert np.abs(a - b).mean() < 0.05 * a.std(), name
 
 
-@pytest.mark.parametrize(("shape", "matcher"), [({"data": 8}, "device"), ({"data": 4, "fsdp": 2}, "device")], ids=str)
-def test_eight_devices_agree_with_one(shape, matcher, monkeypatch):
-  monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 1)
-  batch = make_batch(rows=8)
-  graph, params = nnx.split(make_model())
-
-  def loss(params, batch):
-    model = nnx.merge(graph, params)
-    out = model(batch)
-    return model.loss(out, batch, match(model.costs(out, batch), batch["box_mask"], matcher))
-
-  step = jax.value_and_grad(loss, has_aux=True)
-  (_, expected), expected_gradients = jax.jit(step)(params, batch)
-  mesh = sharding.make_mesh(shape)
-  with jax.set_mesh(mesh):
-    spread = jax.device_put(params, sharding.infer_sharding(params, mesh, "fsdp"))
-    (_, terms), gradients = jax.jit(step)(spread, sharding.to_global(batch, mesh))
-  for name, value in expected.items():
-    np.testing.assert_allclose(terms[name], value, rtol=1e-4, err_msg=name)
-  for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+def test_eight_devices_agree_with_one():
+  eight_devices.check(make_model(), make_batch(rows=8), known=("top_k", "scatter"))
 
 
 def test_learns_one_batch_by_heart():

@@ -8,11 +8,10 @@ import pytest
 from flax import nnx
 
 from configs import st_context_slowfast_r50
-from tests import golden_files, seeded
-from vad_jax import convert, describe, models, optim, sharding
+from tests import eight_devices, golden_files, seeded
+from vad_jax import convert, describe, models, optim
 from vad_jax.layers.position import sincos_positions
 from vad_jax.models import st_context
-from vad_jax.train import make_predict
 
 CLASSES = 5
 ROWS = {
@@ -311,15 +310,8 @@ def test_bfloat16_is_close():
   assert np.abs(np.asarray(found.action_score) - np.asarray(exact.action_score)).max() < 0.05
 
 
-@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices; tests/conftest.py makes virtual ones")
 def test_eight_devices_agree_with_one():
-  batch, model = make_batch(rows=8), make_model()
-  mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
-  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-  with jax.set_mesh(mesh):
-    spread = jax.jit(make_predict(graphdef))(params, rest, sharding.to_global(batch, mesh))
-  for ours, expected in zip(spread, run(model, batch)[2], strict=True):
-    np.testing.assert_allclose(ours, expected, atol=2e-5)
+  eight_devices.check(make_model(), make_batch(rows=8))
 
 
 def test_config():
