@@ -64,8 +64,8 @@ def measure(config: Any, options: argparse.Namespace) -> tuple[tuple[int, ...], 
   model = models.build(**config.model, num_classes=classes, rngs=nnx.Rngs(0))
   side = options.short_side
   tube = (config.clip.num_frames,) if config.model.get("tubes") else ()
-  shapes = describe.abstract_batch(config, (config.clip.num_frames, side, side), clips=options.clips, tube=tube)
-  batch = {name: np.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()}
+  shapes: Any = describe.abstract_batch(config, (config.clip.num_frames, side, side), clips=options.clips, tube=tube)
+  batch: dict[str, Any] = {name: np.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()}
   batch["video"] = rng.integers(0, 255, batch["video"].shape, np.uint8)
   batch["video_size"] += side
   corners = rng.uniform(0, 0.5, (*batch["boxes"].shape[:-1], 2))
