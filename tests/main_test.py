@@ -71,7 +71,7 @@ def test_train_and_evaluate(config: ConfigDict, tmp_path: Path, capsys: Any) -> 
     logged.Tags()["tensors"]
   )
   assert logged.SummaryMetadata("eval/found").plugin_data.plugin_name == "images"
-  assert "_hparams_/session_start_info" in logged.SummaryMetadata
+  assert "_hparams_/session_start_info" in logged.PluginTagToContent("hparams")
   assert f"report: {workdir / 'report.html'}\n" in capsys.readouterr().out
   assert checkpoint.load_model(workdir).info["clip"] == config.clip.to_dict()
 
