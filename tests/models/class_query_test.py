@@ -302,10 +302,9 @@ def test_logit_has_ends():
     (class_query_vitb.get_config(), (16, 224, 224), 138.550, 609.4),
     (class_query_vitb.get_config("jhmdb"), (40, 256, 352), 117.821, 3259.7),
     (class_query_vitb.get_config("ucf101_24"), (32, 256, 352), 117.823, 3719.3),
-    (class_query_csn152.get_config(), (32, 256, 360), 86.007, 527.5),
     (class_query_csn50.get_config(), (32, 256, 360), 69.434, 468.2),
   ],
-  ids=["ava", "jhmdb", "ucf", "csn152", "csn50"],
+  ids=["ava", "jhmdb", "ucf", "csn50"],
 )
 def test_sizes_are_those_of_the_released_networks(config, size, millions, gmacs):
   total = describe.describe(config, size, training=False)["total"]
@@ -313,6 +312,11 @@ def test_sizes_are_those_of_the_released_networks(config, size, millions, gmacs)
   assert total["exact"] / 1e9 == pytest.approx(gmacs, rel=0.003)
   # In the last layer of the encoder a keyframe needs some frames alone.
   assert total["run"] < 0.95 * total["exact"] or config.model.get("tubes")
+
+
+def test_csn152_has_the_parameters_of_the_released_weights():
+  model = nnx.eval_shape(lambda: models.build(**class_query_csn152.get_config().model, rngs=nnx.Rngs(0)))
+  assert sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))) == 86_006_621
 
 
 @pytest.mark.parametrize(
