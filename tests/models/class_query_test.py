@@ -12,7 +12,7 @@ from configs import class_query_csn50, class_query_csn152, class_query_vitb
 from tests import eight_devices, golden_files
 from vad_jax import describe, models
 from vad_jax.layers.class_decoder import box_positions, logit
-from vad_jax.layers.position import corner_matrix
+from vad_jax.layers.position import corner_matrix, volume_positions
 from vad_jax.models import class_query
 from vad_jax.models.class_query import ClassQuery, Variant
 from vad_jax.ops import boxes as box_ops
@@ -271,6 +271,39 @@ def test_bfloat16_is_close():
 
 def test_eight_devices_agree_with_one():
   eight_devices.check(make_model(), make_batch(rows=8))
+
+
+# --- Small variants -------------------------------------------------------------------------------------------------
+
+
+def test_small_variants_begin_by_looking_near_their_boxes():
+  model = models.build("class_query", variant="tiny", num_queries=6, num_classes=CLASSES, rngs=nnx.Rngs(0))
+  layer, grid = model.decoder.layers[1], (12, 16)
+  cells = volume_positions(jnp.ones((1, *grid), bool), 4, 64)[0, 1].reshape(-1, 64)
+  keys = layer.ca_kpos(cells + model.level_embed[...][2])
+  for x, y in ((0.3, 0.6), (0.8, 0.2)):
+    query = layer.ca_qpos_sine(box_positions(jnp.array([x, y, 0.2, 0.7]), 64)[:64])
+    row, column = np.unravel_index(int(jnp.argmax(keys @ query)), grid)
+    assert abs((column + 0.5) / grid[1] - x) < 0.1 and abs((row + 0.5) / grid[0] - y) < 0.1
+
+
+def test_cells_of_small_variants_know_people_without_padding():
+  """The loss of cells is the same however much padding there is."""
+  model = nnx.view(
+    models.build("class_query", variant="tiny", num_queries=3, num_classes=CLASSES, rngs=nnx.Rngs(0)),
+    deterministic=True,
+  )
+  cells = np.random.default_rng(0).normal(size=(2, 1, 4, 4, 5 + CLASSES)).astype(np.float32)
+  wider = np.pad(cells, ((0, 0), (0, 0), (0, 2), (0, 3), (0, 0)))
+  wider[:, :, 4:, :, 0] = wider[:, :, :, 4:, 0] = -50  # nobody is in padding
+  batch = make_batch(rows=2)
+  video = np.zeros((2, 4, 64, 64, 3), np.uint8)
+  out = model({**batch, "video": video, "video_size": np.full((2, 2), 64, np.int32)})
+  assert out["dense"].shape == cells.shape and (out["visible"] == 4).all()
+  match = matching.match(model.costs(out, batch), jnp.asarray(batch["box_mask"]))
+  found = [model.loss({**out, "dense": dense}, batch, match)[1]["loss_dense"] for dense in (cells, wider)]
+  np.testing.assert_allclose(*found, rtol=1e-5)
+  assert found[0] > 1
 
 
 # --- Parts by hand --------------------------------------------------------------------------------------------------

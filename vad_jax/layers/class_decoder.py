@@ -342,7 +342,7 @@ class Decoder(nnx.Module):
     self.class_norm = layer_norm(dim, dtype, rngs) if asks else None
     self.unused_norm = layer_norm(dim, dtype, rngs) if asks else None  # released weights have it
     self.classifier = None if asks else nnx.Linear(dim, num_classes, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
-    self.class_dropout = nnx.Dropout(5 * dropout)
+    self.class_dropout = nnx.Dropout(0.5 if dropout else 0.0)
 
   def start_from_scratch(self, cells: Array, rngs: nnx.Rngs) -> None:
     """Makes first guesses that a small network can learn from, see ``vad_jax.layers.from_scratch``.

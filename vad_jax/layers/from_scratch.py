@@ -2,7 +2,8 @@
 
 Published detectors start from large pre-trained networks. From random numbers, matched queries move for thousands of
 steps without learning anything. Small variants therefore begin with boxes that are spread over the frame, take actors
-and actions for rare, and in training every cell of a map says what is there, see ``losses.dense_detection_loss``.
+and actions for rare, look around their boxes where they attend to a map (``Decoder.start_from_scratch`` of class
+queries), and in training every cell of a map says what is there, see ``losses.dense_detection_loss``.
 """
 
 import math

@@ -175,7 +175,7 @@ class ClassQuery(nnx.Module):
       auxiliary: all decoder layers have a loss.
       norm: of CSN: "frozen" keeps published statistics, "batch" trains from scratch.
       drop_path: of ViT.
-      dropout: of encoder and decoder.
+      dropout: of encoder and decoder; 0 switches off that of what is known of classes (0.5), too.
       remat: recompute blocks and frames in the backward pass instead of storing their activations.
       dtype: computation type, "float32" or "bfloat16"; parameters, coordinates and losses stay float32.
       rngs: source of the initial parameters.
