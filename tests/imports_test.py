@@ -37,7 +37,7 @@ ALLOWED = {
   "doctor": {"metrics"},
   "person_boxes": {"datasets", "ops"},
   "detect": {"datasets", "person_boxes"},
-  "predictions": {"datasets", "person_boxes", "visualize"},
+  "predictions": {"datasets", "ops", "person_boxes", "visualize"},
   "predict": {"checkpoint", "datasets", "detect", "metrics", "ops", "person_boxes", "predictions", "visualize"},
   "main": {
     *("checkpoint", "convert", "datasets", "evaluate", "metrics", "models", "optim", "predict", "sharding", "train"),

@@ -110,15 +110,25 @@ def test_people_are_linked_by_overlap():
   assert person_boxes.link(now, boxes_of()).tolist() == [-1, -1]
 
 
-def test_linked_people_move_and_keep_their_number():
-  frames = [
-    boxes_of([0, 0, 0.2, 0.2], [0.5, 0.5, 0.7, 0.7]),
-    boxes_of([0.5, 0.5, 0.7, 0.7], [0.08, 0, 0.28, 0.2]),
-    boxes_of([0.8, 0, 1, 0.2], [0.08, 0, 0.28, 0.2]),
-  ]
-  links = [person_boxes.link(*frames[:2]), person_boxes.link(*frames[1:])]
-  assert [n.tolist() for n in person_boxes.number_people([2, 2, 2], links)] == [[0, 1], [1, 0], [4, 0]]
-  boxes = person_boxes.boxes_between(frames[0], frames[1], links[0], 0.75)
-  np.testing.assert_allclose(boxes, [[0.06, 0, 0.26, 0.2], [0.5, 0.5, 0.7, 0.7]], atol=1e-6)
-  boxes = person_boxes.boxes_between(frames[1], frames[2], links[1], 0.95)  # the one who is lost stays
-  np.testing.assert_allclose(boxes[0], [0.5, 0.5, 0.7, 0.7])
+def test_people_keep_their_number():
+  tracker = person_boxes.Tracker()
+  left, right = [0, 0, 0.2, 0.2], [0.5, 0.5, 0.7, 0.7]
+  frames = [(left, right), (right, [0.08, 0, 0.28, 0.2]), ([0.8, 0, 1, 0.2], [0.12, 0, 0.32, 0.2])]
+  numbers = [tracker.number(time, boxes_of(*boxes)) for time, boxes in enumerate(frames)]
+  assert [n.tolist() for n in numbers] == [[1, 2], [2, 1], [3, 1]]
+  assert numbers[0].dtype == np.int32
+
+
+@pytest.mark.parametrize(("stride", "missed", "same"), [(1, 1, True), (0.04, 49, True), (1, 2, False), (5, 0, True)])
+def test_people_are_missed_for_two_seconds_at_most(stride, missed, same):
+  tracker, box, nobody = person_boxes.Tracker(), boxes_of([0, 0, 0.2, 0.2]), boxes_of()
+  frames = [box, *[nobody] * missed, box]
+  numbers = [tracker.number(stride * index, boxes).tolist() for index, boxes in enumerate(frames)]
+  assert numbers == [[1], *[[]] * missed, [1 if same else 2]]
+
+
+def test_an_overlap_that_is_no_link_takes_nothing_from_one_that_is():
+  """The best sum of overlaps would be 0.15 + 0.39."""
+  now = boxes_of([0, 0, 1, 1], [0.61, 0, 1, 1])
+  then = boxes_of([0.19, 0, 0.73, 1], [0, 0, 0.5, 1])
+  assert person_boxes.link(now, then)[0] == 0

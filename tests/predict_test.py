@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vad_jax import annotations, checkpoint, detect, models, predict
+from vad_jax import annotations, checkpoint, detect, models, predict, predictions
 from vad_jax.batch import Detections
 from vad_jax.datasets.augment import place_on_canvas
 from vad_jax.datasets.loader import ClipSpec, KeyframeDataset, VideoFrames, eval_batches
@@ -270,6 +270,7 @@ def test_attention_of_each_person_and_class(loaded, ramp, tmp_path):
   ]
   with np.load(result.maps / "0002.000.npz") as arrays:
     assert set(arrays) >= {"time", "boxes", "actor_score", "action_score", "class_attention", "class_id", "class_name"}
+    assert arrays["person"].tolist() == [1, 2]
     assert arrays["class_name"].tolist() == ["", "middle", "last / frame"]
     # The first person is slot 1. The placed video is 48 of 64 rows high and 60 of 64 columns wide.
     assert arrays["class_attention"].shape == (2, 3, 3, 6)
@@ -331,6 +332,11 @@ def test_tubes_answer_for_every_frame_once(of_tubes, ramp, tmp_path):
     (number, tube.action.name, len(tube.times)) for number, tube in enumerate(result.tubes, 1)
   ]
   assert content["settings"]["stride"] is None
+  for old, new in zip(result.tubes, predictions.read_json(result.json).tubes, strict=True):
+    assert new.action == old.action._replace(score=pytest.approx(old.action.score, abs=1e-4))
+    np.testing.assert_allclose(new.times, old.times, atol=1e-6)
+    np.testing.assert_allclose(new.boxes, old.boxes, atol=1e-4)
+  assert all(keyframe.person.tolist() == [1] for keyframe in result.keyframes)
   rows = annotations.read_ava_csv(result.csv)
   np.testing.assert_allclose(np.unique(rows.timestamp), times, atol=1e-6)
   with VideoReader(result.video) as reader:
@@ -443,10 +449,11 @@ def test_stretched_frames_have_the_canvas_of_training():
   assert detect.video_canvas((90, 160), None, (64, 96)) == (64, 96)
 
 
-def keyframe(time, *boxes):
+def keyframe(time, *boxes, first=1):
   empty = np.zeros((len(boxes), 0))
   boxes = np.array(boxes, np.float32).reshape(-1, 4)
-  return predict.KeyframeDetections(time, boxes, np.ones(len(boxes)), empty, [[] for _ in boxes])
+  person = np.arange(first, first + len(boxes), dtype=np.int32)
+  return predict.KeyframeDetections(time, boxes, np.ones(len(boxes)), empty, [[] for _ in boxes], person)
 
 
 def test_boxes_hold_until_the_next_keyframe(tmp_path):
@@ -454,7 +461,7 @@ def test_boxes_hold_until_the_next_keyframe(tmp_path):
   with VideoWriter(source, size=(400, 400), fps=10) as writer:
     for _ in range(30):
       writer.write(np.full((400, 400, 3), 128, np.uint8))
-  keyframes = [keyframe(0, [0.1, 0.1, 0.3, 0.3]), keyframe(1, [0.6, 0.6, 0.9, 0.9]), keyframe(2)]
+  keyframes = [keyframe(0, [0.1, 0.1, 0.3, 0.3]), keyframe(1, [0.6, 0.6, 0.9, 0.9], first=2), keyframe(2)]
   predict.annotate(predict.Prediction(source, (400, 400), 10.0, 0, keyframes), tmp_path / "drawn.mp4")
   with VideoReader(tmp_path / "drawn.mp4") as reader:
     frames = reader.frames_at([0.0, 0.9, 1.0, 1.9, 2.0]).astype(int)
@@ -462,6 +469,74 @@ def test_boxes_hold_until_the_next_keyframe(tmp_path):
   for points, start, stop in zip(drawn, [0.1, 0.1, 0.6, 0.6], [0.3, 0.3, 0.9, 0.9], strict=False):
     np.testing.assert_allclose([points.min(0), points.max(0)], [[start] * 2, [stop] * 2], atol=0.02)
   assert not len(drawn[4])
+
+
+def test_who_is_in_the_next_keyframe_too_moves_there(tmp_path):
+  source = tmp_path / "grey.mp4"
+  with VideoWriter(source, size=(400, 400), fps=10) as writer:
+    for _ in range(11):
+      writer.write(np.full((400, 400, 3), 128, np.uint8))
+  keyframes = [keyframe(0, [0.1, 0.1, 0.3, 0.3]), keyframe(1, [0.6, 0.1, 0.8, 0.3])]
+  predict.annotate(predict.Prediction(source, (400, 400), 10.0, 0, keyframes), tmp_path / "drawn.mp4")
+  with VideoReader(tmp_path / "drawn.mp4") as reader:
+    (frame,) = reader.frames_at([0.5]).astype(int)
+  points = np.argwhere(np.ptp(frame, -1) > 40) / 400
+  np.testing.assert_allclose([points.min(0), points.max(0)], [[0.1, 0.35], [0.3, 0.55]], atol=0.02)
+
+
+def test_json_is_read_again(loaded, ramp, tmp_path):
+  result = predict.predict_video(loaded, ramp, tmp_path, draw=False)
+  found = predictions.read_json(result.json)
+  assert found[:4] == result[:4] and found.tubes is None and found.json == result.json
+  for old, new in zip(result.keyframes, found.keyframes, strict=True):
+    assert (new.time, new.person.tolist(), new.person.dtype) == (old.time, [1, 2], np.int32)
+    np.testing.assert_allclose(new.boxes, old.boxes, atol=1e-4)
+    np.testing.assert_allclose(new.actor_score, old.actor_score, atol=1e-4)
+    assert [[a[:2] for a in actions] for actions in new.actions] == [
+      [a[:2] for a in actions] for actions in old.actions
+    ]
+    reported = old.action_score >= 0.3
+    np.testing.assert_allclose(
+      new.action_score, (old.action_score * reported)[:, : new.action_score.shape[1]], atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("{", "x.json:1: not valid JSON"),
+    ('{"keyframes": []}', "not detections of vad_jax.predict: 'video' is missing"),
+    ("[]", "not detections of vad_jax.predict"),
+  ],
+)
+def test_other_json_is_refused(tmp_path, text, message):
+  (tmp_path / "x.json").write_text(text)
+  with pytest.raises(annotations.AnnotationError, match=message):
+    predictions.read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_progress_is_told_from_nothing_to_all(loaded, of_people, ramp, tmp_path, parts):
+  shares = []
+  model, boxes = (of_people, loaded) if parts == 3 else (loaded, None)
+  predict.predict_video(model, ramp, tmp_path, boxes=boxes, draw=parts > 1, on_progress=shares.append)
+  assert shares == sorted(shares) and shares[0] < 0.02 and shares[-1] == 1
+  assert len(shares) > 120 * parts and np.diff(shares).max() < 0.02
+
+
+class Stopped(Exception):
+  pass
+
+
+@pytest.mark.parametrize(("at", "left"), [(0.4, set()), (0.9, {"ramp_detections.csv", "ramp_detections.json"})])
+def test_work_is_stopped_and_leaves_no_half_of_a_file(loaded, ramp, tmp_path, at, left):
+  def stop(share):
+    if share > at:
+      raise Stopped
+
+  with pytest.raises(Stopped):
+    predict.predict_video(loaded._replace(model=Looker()), ramp, tmp_path, save_maps=at < 0.5, on_progress=stop)
+  assert {path.name for path in tmp_path.iterdir()} == left
 
 
 def run(loaded, monkeypatch, *arguments):

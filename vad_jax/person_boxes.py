@@ -1,5 +1,6 @@
 """People at the keyframes of one video: boxes given from elsewhere, and who is who from one keyframe to the next."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,8 @@ from vad_jax.datasets.video import nearest
 from vad_jax.ops.boxes import iou
 
 _SAME_MOMENT = 0.05  # seconds; less than two frames
-_SAME_PERSON_IOU = 0.2  # between two keyframes in a row
+_SAME_PERSON_IOU = 0.2
+_LONGEST_GAP = 2.05  # seconds in which a person may go unseen; time stamps of frames are rounded
 _SLOTS = 8  # the number of boxes in a batch is a multiple of this, so that few programs are compiled
 
 
@@ -89,43 +91,50 @@ def read(path: PathLike, video: str, *, threshold: float = 0.0) -> PersonBoxes:
 
 
 def link(now: np.ndarray, then: np.ndarray) -> np.ndarray:
-  """Finds the people of one keyframe in the next, one to one, by how much their boxes overlap.
+  """Finds the people of one moment in another, one to one, by how much their boxes overlap.
 
   Args:
     now: ``[n, 4]`` boxes.
-    then: ``[m, 4]`` those of the next keyframe.
+    then: ``[m, 4]`` those of the other moment.
 
   Returns:
     ``[n]`` for each box of ``now`` its index in ``then``, or -1.
   """
   overlap = iou(now[:, None], then)
+  overlap[overlap < _SAME_PERSON_IOU] = 0
   links = np.full(len(now), -1)
   rows, columns = linear_sum_assignment(-overlap)
-  same = overlap[rows, columns] >= _SAME_PERSON_IOU
+  same = overlap[rows, columns] > 0
   links[rows[same]] = columns[same]
   return links
 
 
-def number_people(counts: Sequence[int], links: Sequence[np.ndarray]) -> list[np.ndarray]:
-  """Numbers the people of keyframes so that linked ones keep their number.
+class Tracker:
+  """Numbers people from 1, keyframe by keyframe, so that each keeps the number through the video.
 
-  Args:
-    counts: how many people each keyframe has.
-    links: those of each keyframe but the last to the next.
+  Who is missed for up to two seconds, or in no keyframe between, is the same person still.
   """
-  identities = [np.arange(counts[0])]
-  new = counts[0]
-  for count, forward in zip(counts[1:], links, strict=True):
-    numbers = np.arange(new, new + count)
-    new += count
-    numbers[forward[forward >= 0]] = identities[-1][forward >= 0]
-    identities.append(numbers)
-  return identities
 
+  def __init__(self) -> None:
+    self._last: dict[int, tuple[float, np.ndarray]] = {}  # when and where each was seen last
+    self._time = -np.inf  # of the keyframe before
+    self._new = itertools.count(1)
 
-def boxes_between(now: np.ndarray, then: np.ndarray, links: np.ndarray, share: float) -> np.ndarray:
-  """Boxes a ``share`` of the way from one keyframe to the next: linked ones move, the others stay."""
-  boxes = now.copy()
-  linked = links >= 0
-  boxes[linked] += share * (then[links[linked]] - boxes[linked])
-  return boxes
+  def number(self, time: float, boxes: np.ndarray) -> np.ndarray:
+    """Numbers the people of the next keyframe.
+
+    Args:
+      time: seconds; they rise.
+      boxes: ``[n, 4]``.
+
+    Returns:
+      ``[n]`` int32.
+    """
+    since = min(self._time, time - _LONGEST_GAP)
+    self._last = {number: seen for number, seen in self._last.items() if seen[0] >= since}
+    known = list(self._last)
+    links = link(boxes, np.array([box for _, box in self._last.values()], np.float32).reshape(-1, 4))
+    numbers = np.array([known[index] if index >= 0 else next(self._new) for index in links], np.int32)
+    self._last |= {int(number): (time, box) for number, box in zip(numbers, boxes, strict=True)}
+    self._time = time
+    return numbers

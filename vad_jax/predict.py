@@ -15,25 +15,36 @@ running moves smoothly between them; actions hold until the next keyframe.
 """
 
 import argparse
+import contextlib
 import math
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from vad_jax import checkpoint, person_boxes, progress, visualize
+from vad_jax import checkpoint, person_boxes, visualize
 from vad_jax.batch import Detections
 from vad_jax.datasets.video import VideoReader
 from vad_jax.detect import CLASS_ATTENTION, Detector, Seen
 from vad_jax.metrics.linking import Candidates, link_greedily
-from vad_jax.ops.nms import nms as suppress
-from vad_jax.person_boxes import PersonBoxes
-from vad_jax.predictions import Action, ActionTube, KeyframeDetections, Prediction, annotate, write_csv, write_json
+from vad_jax.person_boxes import PersonBoxes, Tracker
+from vad_jax.predictions import (
+  Action,
+  ActionTube,
+  KeyframeDetections,
+  Prediction,
+  Selection,
+  annotate,
+  watched,
+  write_csv,
+  write_json,
+)
 
 
 def load(name: str | Path) -> checkpoint.Loaded:
@@ -59,6 +70,7 @@ def predict_video(
   batch_size: int = 4,
   draw: bool = True,
   save_maps: bool = False,
+  on_progress: Callable[[float], None] | None = None,
 ) -> Prediction:
   """Detects the actions in one video.
 
@@ -78,6 +90,8 @@ def predict_video(
     save_maps: write for each keyframe (of tubes for the middle frame of each clip), named by its time, a picture of the
       model's maps over the frame, all boxes, and those that are kept. Of a model that says where it looked for each
       person and class, also a folder with a picture of each kept person and action, and a ``.npz`` with the arrays.
+    on_progress: called with the share of the whole work that is done, in [0, 1]. What it raises stops the work; files
+      that are not complete then are removed.
 
   Raises:
     ValueError: the model has no maps; or it needs boxes and there are none, or the other way round.
@@ -85,32 +99,32 @@ def predict_video(
     OSError: the output directory cannot be written.
   """
   loaded = load(model) if isinstance(model, str | Path) else model
-  label_map, source = loaded.info["label_map"], Path(video)
+  source = Path(video)
+  selection = Selection(loaded.info["label_map"], actor_threshold, action_threshold, top_k, nms)
   if save_maps and not hasattr(loaded.model, "maps"):
     raise ValueError(f"{loaded.info['model']['name']} has no maps to save")
+  first = int(_finds_people(boxes))
+  parts = first + 1 + (draw and output_dir is not None)
   finding: dict[str, Any] = {"stride": stride, "actor_threshold": actor_threshold, "nms": nms, "batch_size": batch_size}
-  people = _people(loaded, boxes, source, finding)
-  with VideoReader(source) as reader:
-    height, width = reader.size
+  people = _people(loaded, boxes, source, finding | {"on_progress": _part(on_progress, 0, parts)})
+  with contextlib.ExitStack() as stack:
+    reader = stack.enter_context(VideoReader(source))
     outputs = _prepare_outputs(source, output_dir) if output_dir is not None else {}
     detector = Detector(
-      loaded.model, loaded.info, (height, width), people=people, batch_size=batch_size, with_maps=save_maps
+      loaded.model, loaded.info, reader.size, people=people, batch_size=batch_size, with_maps=save_maps
     )
     stride = None if detector.tubes else stride
-    keyframes = []
-    with progress.bar(f"{source.name}: detect", reader.num_frames) as advance:
-      for time, found, seen in detector.run(_counted(reader, advance), reader.num_frames, stride):
-        slots = _kept(found, actor_threshold, nms)
-        actions = [_actions(scores, label_map, action_threshold, top_k) for scores in found.action_score[slots]]
-        kept = KeyframeDetections(
-          time, found.boxes[slots], found.actor_score[slots], found.action_score[slots], actions
-        )
-        keyframes.append(kept)
-        if seen and outputs:
-          _write_maps(outputs["maps"], seen, found, slots, kept, label_map, (height, width))
-    result = Prediction(source, (height, width), reader.fps, reader.broken, keyframes)
-    if detector.tubes:
-      result = result._replace(tubes=_link(result))
+    maps = stack.enter_context(_complete(outputs["maps"])) if save_maps and outputs else None
+    frames = stack.enter_context(contextlib.closing(watched(reader, "detect", _part(on_progress, first, parts))))
+    keyframes, tracker = [], Tracker()
+    for time, found, seen in detector.run(frames, reader.num_frames, stride):
+      slots = selection.slots(found)
+      keyframes.append(selection.keyframe(time, found, slots, tracker))
+      if seen and maps:
+        _write_maps(maps, seen, found, slots, keyframes[-1], selection.label_map, reader.size)
+    result = Prediction(source, reader.size, reader.fps, reader.broken, keyframes)
+  if detector.tubes:
+    result = result._replace(tubes=_link(result))
   if people and all(people.index(keyframe.time) is None for keyframe in keyframes):
     times = ", ".join(f"{time:g}" for time in people.times[:3])
     raise ValueError(f"{people.source}: boxes of {source} are at {times}, ... seconds and at no keyframe; see --stride")
@@ -119,11 +133,23 @@ def predict_video(
     settings = {"stride": stride, "boxes": people and people.source, "actor_threshold": actor_threshold}
     settings |= {"action_threshold": action_threshold, "top_k": top_k, "nms": nms}
     write_json(result, outputs["json"], loaded.info, settings)
+    result = result._replace(csv=outputs["csv"], json=outputs["json"], maps=maps)
     if draw:
-      annotate(result, outputs["video"])
-    result = result._replace(csv=outputs["csv"], json=outputs["json"])
-    result = result._replace(video=outputs["video"] if draw else None, maps=outputs["maps"] if save_maps else None)
+      annotate(result, outputs["video"], _part(on_progress, parts - 1, parts))
+      result = result._replace(video=outputs["video"])
+  if on_progress:
+    on_progress(1.0)
   return result
+
+
+def _part(on_progress: Callable[[float], None] | None, part: int, parts: int) -> Callable[[float], None]:
+  """Tells how far the whole is, given how far one of its equal parts is."""
+  return lambda share: on_progress((part + share) / parts) if on_progress else None
+
+
+def _finds_people(boxes: Any) -> bool:
+  """Whether what was given as the people is a model that finds them."""
+  return isinstance(boxes, checkpoint.Loaded) or (isinstance(boxes, str | Path) and checkpoint.is_checkpoint(boxes))
 
 
 def _people(loaded: checkpoint.Loaded, boxes: Any, video: Path, finding: dict[str, Any]) -> PersonBoxes | None:
@@ -142,35 +168,13 @@ def _people(loaded: checkpoint.Loaded, boxes: Any, video: Path, finding: dict[st
     raise ValueError(f"{name} classifies given people: name a model that finds them, or a file of boxes, with --boxes")
   if isinstance(boxes, PersonBoxes):
     return boxes
-  if isinstance(boxes, checkpoint.Loaded) or checkpoint.is_checkpoint(boxes):
+  if _finds_people(boxes):
     found = predict_video(boxes, video, **finding).keyframes
     other = boxes.info["model"]["name"] if isinstance(boxes, checkpoint.Loaded) else str(boxes)
     return PersonBoxes(
       other, np.array([k.time for k in found]), [k.boxes for k in found], [k.actor_score for k in found]
     )
   return person_boxes.read(boxes, video.stem.replace(",", "_"), threshold=finding["actor_threshold"])
-
-
-# --- selection ----------------------------------------------------------------------------------------------
-
-
-def _counted(frames: Iterable[Any], advance: Callable[[], None]) -> Iterator[Any]:
-  for item in frames:
-    yield item
-    advance()
-
-
-def _kept(found: Detections, actor_threshold: float, nms: float | None) -> np.ndarray:
-  """The slots of one frame that are reported, best actor score first."""
-  order = np.argsort(-found.actor_score, kind="stable")
-  order = order[(found.valid & (found.actor_score >= actor_threshold))[order]]
-  return order if nms is None else order[suppress(found.boxes[order], found.actor_score[order], nms)]
-
-
-def _actions(scores: np.ndarray, label_map: dict[int, str], threshold: float, top_k: int) -> list[Action]:
-  """What one person does, best first."""
-  best = [int(k) + 1 for k in np.argsort(-scores, kind="stable") if k + 1 in label_map][:top_k]
-  return [Action(k, label_map[k], float(scores[k - 1])) for k in best if scores[k - 1] >= threshold]
 
 
 def _link(result: Prediction) -> list[ActionTube]:
@@ -217,6 +221,19 @@ def _prepare_outputs(source: Path, output_dir: str | Path) -> dict[str, Path]:
   return outputs
 
 
+@contextlib.contextmanager
+def _complete(folder: Path) -> Iterator[Path]:
+  """Makes a folder, and takes it away again where what fills it does not come to its end."""
+  existed = folder.exists()
+  folder.mkdir(exist_ok=True)
+  try:
+    yield folder
+  except BaseException:
+    if not existed:
+      shutil.rmtree(folder)
+    raise
+
+
 def _write_maps(
   folder: Path,
   seen: Seen,
@@ -228,7 +245,6 @@ def _write_maps(
 ) -> None:
   """Writes what the model saw in a frame: pictures, and what it looked at for each person and class as arrays."""
   path = folder / f"{kept.time:08.3f}.png"
-  folder.mkdir(exist_ok=True)
   maps = dict(seen.maps)
   attention = maps.pop(CLASS_ATTENTION, None)
   rows = []
@@ -238,14 +254,14 @@ def _write_maps(
       [
         visualize.attention_picture(
           *(seen.frame, attention[person, action.id - 1], kept.boxes[person]),
-          *(f"{action.name} {action.score:.2f}", visualize.color_of(person)),
+          *(f"{action.name} {action.score:.2f}", visualize.color_of(int(kept.person[person]) - 1)),
           size=size,
         )
         for action in actions
       ]
       for person, actions in enumerate(kept.actions)
     ]
-    for person, (pictures, actions) in enumerate(zip(rows, kept.actions, strict=True), 1):
+    for person, pictures, actions in zip(kept.person, rows, kept.actions, strict=True):
       for picture, action in zip(pictures, actions, strict=True):
         name = re.sub(r"\W+", "_", action.name).strip("_")
         path.with_suffix("").mkdir(exist_ok=True)
@@ -257,6 +273,7 @@ def _write_maps(
       boxes=kept.boxes,
       actor_score=kept.actor_score,
       action_score=kept.action_score,
+      person=kept.person,
       class_attention=attention,
       class_id=classes,
       class_name=np.array([label_map.get(int(index), "") for index in classes], str),

@@ -1,8 +1,9 @@
 """What was found in a video: as AVA's CSV, as JSON, and drawn on its frames."""
 
 import contextlib
-import itertools
 import json
+import math
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,11 @@ import jax
 import numpy as np
 
 import vad_jax
-from vad_jax import annotations, person_boxes, progress, visualize
+from vad_jax import annotations, progress, visualize
+from vad_jax.batch import Detections
 from vad_jax.datasets.video import VideoReader, VideoWriter
+from vad_jax.ops.nms import nms as suppress
+from vad_jax.person_boxes import Tracker
 
 
 class Action(NamedTuple):
@@ -32,6 +36,7 @@ class KeyframeDetections(NamedTuple):
     actor_score: ``[n]`` float32.
     action_score: ``[n, K]`` float32, all classes.
     actions: for each person the actions that passed the threshold, best first.
+    person: ``[n]`` int32 number of each person, from 1; the same person has the same one through the whole video.
   """
 
   time: float
@@ -39,6 +44,42 @@ class KeyframeDetections(NamedTuple):
   actor_score: np.ndarray
   action_score: np.ndarray
   actions: list[list[Action]]
+  person: np.ndarray
+
+
+class Selection(NamedTuple):
+  """What is reported of that which a model found.
+
+  Attributes:
+    label_map: class id to name.
+    actor_threshold: lowest actor score of a person.
+    action_threshold: lowest score of an action.
+    top_k: most actions for one person.
+    nms: drops people whose box overlaps a better one by more than this IoU, or is empty; None keeps all.
+  """
+
+  label_map: dict[int, str]
+  actor_threshold: float
+  action_threshold: float
+  top_k: int
+  nms: float | None
+
+  def slots(self, found: Detections) -> np.ndarray:
+    """The slots of one frame that are reported, best actor score first."""
+    order = np.argsort(-found.actor_score, kind="stable")
+    order = order[(found.valid & (found.actor_score >= self.actor_threshold))[order]]
+    return order if self.nms is None else order[suppress(found.boxes[order], found.actor_score[order], self.nms)]
+
+  def keyframe(self, time: float, found: Detections, slots: np.ndarray, tracker: Tracker) -> KeyframeDetections:
+    """These slots of a keyframe; the tracker has seen those before it."""
+    boxes, action_score = found.boxes[slots], found.action_score[slots]
+    actions = [self._actions(scores) for scores in action_score]
+    return KeyframeDetections(time, boxes, found.actor_score[slots], action_score, actions, tracker.number(time, boxes))
+
+  def _actions(self, scores: np.ndarray) -> list[Action]:
+    """What one person does, best first."""
+    best = [int(k) + 1 for k in np.argsort(-scores, kind="stable") if k + 1 in self.label_map][: self.top_k]
+    return [Action(k, self.label_map[k], float(scores[k - 1])) for k in best if scores[k - 1] >= self.action_threshold]
 
 
 class ActionTube(NamedTuple):
@@ -130,20 +171,7 @@ def write_json(result: Prediction, path: Path, info: dict[str, Any], settings: d
       "ffmpeg": av.ffmpeg_version_info,
     },
     "boxes": "x1, y1, x2, y2 in [0, 1] of the frame",
-    "keyframes": [
-      {
-        "time": round(keyframe.time, 6),
-        "actors": [
-          {
-            "box": _rounded(box),
-            "score": round(float(score), 4),
-            "actions": [_action(action) for action in actions],
-          }
-          for box, score, actions in zip(keyframe.boxes, keyframe.actor_score, keyframe.actions, strict=True)
-        ],
-      }
-      for keyframe in result.keyframes
-    ],
+    "keyframes": [keyframe_as_json(keyframe) for keyframe in result.keyframes],
   }
   if result.tubes is not None:
     content["tubes"] = [
@@ -160,6 +188,81 @@ def write_json(result: Prediction, path: Path, info: dict[str, Any], settings: d
   path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def keyframe_as_json(keyframe: KeyframeDetections) -> dict[str, Any]:
+  """Time and people of a keyframe, each with number, box, score and actions, as `write_json` writes them."""
+  return {
+    "time": round(keyframe.time, 6),
+    "actors": [
+      {
+        "person": int(person),
+        "box": _rounded(box),
+        "score": round(float(score), 4),
+        "actions": [_action(action) for action in actions],
+      }
+      for person, box, score, actions in zip(
+        keyframe.person, keyframe.boxes, keyframe.actor_score, keyframe.actions, strict=True
+      )
+    ],
+  }
+
+
+def read_json(path: annotations.PathLike) -> Prediction:
+  """Reads what `write_json` wrote.
+
+  Returns:
+    the same, to the digits that are in the file; ``action_score`` is 0 for actions that were not reported, and has as
+    many classes as the largest id that was.
+
+  Raises:
+    AnnotationError: it is not such a file; says what is missing.
+    FileNotFoundError: there is no such file.
+  """
+  try:
+    content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    num_classes = max(
+      (a["id"] for keyframe in content["keyframes"] for actor in keyframe["actors"] for a in actor["actions"]),
+      default=0,
+    )
+    keyframes = [_read_keyframe(keyframe, num_classes) for keyframe in content["keyframes"]]
+    tubes = content.get("tubes")
+    return Prediction(
+      *(Path(content["video"]), (content["height"], content["width"]), content["fps"], content["broken_frames"]),
+      keyframes=keyframes,
+      tubes=tubes and [_read_tube(tube) for tube in tubes],
+      json=Path(path),
+    )
+  except json.JSONDecodeError as error:
+    raise annotations.AnnotationError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+  except KeyError as error:
+    raise annotations.AnnotationError(f"{path}: not detections of vad_jax.predict: {error} is missing") from None
+  except (IndexError, TypeError, ValueError) as error:
+    raise annotations.AnnotationError(f"{path}: not detections of vad_jax.predict: {error}") from None
+
+
+def _read_keyframe(keyframe: dict[str, Any], num_classes: int) -> KeyframeDetections:
+  actors = keyframe["actors"]
+  actions = [[Action(a["id"], a["name"], a["score"]) for a in actor["actions"]] for actor in actors]
+  scores = np.zeros((len(actors), num_classes), np.float32)
+  for row, of_person in zip(scores, actions, strict=True):
+    row[[action.id - 1 for action in of_person]] = [action.score for action in of_person]
+  return KeyframeDetections(
+    keyframe["time"],
+    np.array([actor["box"] for actor in actors], np.float32).reshape(-1, 4),
+    np.array([actor["score"] for actor in actors], np.float32),
+    scores,
+    actions,
+    np.array([actor["person"] for actor in actors], np.int32),
+  )
+
+
+def _read_tube(tube: dict[str, Any]) -> ActionTube:
+  return ActionTube(
+    Action(**tube["action"]),
+    np.array([box["time"] for box in tube["boxes"]]),
+    np.array([box["box"] for box in tube["boxes"]], np.float32).reshape(-1, 4),
+  )
+
+
 def _action(action: Action) -> dict[str, Any]:
   return {"id": action.id, "name": action.name, "score": round(action.score, 4)}
 
@@ -168,33 +271,49 @@ def _rounded(box: np.ndarray) -> list[float]:
   return [round(float(value), 4) for value in box]
 
 
-def annotate(result: Prediction, path: Path) -> None:
+def watched(
+  reader: VideoReader, doing: str, on_progress: Callable[[float], None]
+) -> Generator[tuple[float, np.ndarray], None, None]:
+  """Frames of a video, while a bar and calls with the share of the frames that are done tell how far it is."""
+  with progress.bar(f"{reader.path.name}: {doing}", reader.num_frames) as advance:
+    for count, frame in enumerate(reader, 1):
+      yield frame
+      advance()
+      on_progress(min(count / (reader.num_frames or math.inf), 1.0))
+
+
+def annotate(result: Prediction, path: Path, on_progress: Callable[[float], None] = lambda share: None) -> None:
   """Decodes the video again and writes it with the detections drawn.
 
   Args:
     result: what was found in it.
     path: the mp4 to write.
+    on_progress: called with the share that is done, in [0, 1].
   """
-  keyframes = result.keyframes
-  links = [person_boxes.link(now.boxes, then.boxes) for now, then in itertools.pairwise(keyframes)]
-  people = person_boxes.number_people([len(keyframe.boxes) for keyframe in keyframes], links)
   current = 0
   with contextlib.ExitStack() as stack:
     reader = stack.enter_context(VideoReader(result.source))
-    advance = stack.enter_context(progress.bar(f"{result.source.name}: draw", reader.num_frames))
     writer = None
-    for time, frame in reader:
-      advance()
-      while current < len(links) and keyframes[current + 1].time <= time:
+    for time, frame in stack.enter_context(contextlib.closing(watched(reader, "draw", on_progress))):
+      while current + 1 < len(result.keyframes) and result.keyframes[current + 1].time <= time:
         current += 1
-      boxes = keyframes[current].boxes
-      if current < len(links):
-        begin, end = (keyframe.time for keyframe in keyframes[current : current + 2])
-        share = (time - begin) / (end - begin)
-        boxes = person_boxes.boxes_between(boxes, keyframes[current + 1].boxes, links[current], share)
-      captions = [[f"{action.name} {action.score:.2f}" for action in a] for a in keyframes[current].actions]
-      colors = [visualize.color_of(number) for number in people[current]]
-      drawn = visualize.draw_detections(visualize.upscale(frame), boxes, captions, colors)
+      now, *then = result.keyframes[current : current + 2]
+      drawn = draw_keyframe(frame, now, _boxes_between(now, then[0], time) if then else now.boxes)
       if writer is None:
         writer = stack.enter_context(VideoWriter(path, size=drawn.shape[:2], fps=result.fps, audio_from=result.source))
       writer.write(drawn, time)
+
+
+def draw_keyframe(frame: np.ndarray, keyframe: KeyframeDetections, boxes: np.ndarray) -> np.ndarray:
+  """Draws the people of a keyframe, with these boxes, on an enlarged copy of a frame."""
+  captions = [[f"{action.name} {action.score:.2f}" for action in actions] for actions in keyframe.actions]
+  colors = [visualize.color_of(int(person) - 1) for person in keyframe.person]
+  return visualize.draw_detections(visualize.upscale(frame), boxes, captions, colors)
+
+
+def _boxes_between(now: KeyframeDetections, then: KeyframeDetections, time: float) -> np.ndarray:
+  """Boxes of the people of one keyframe on the way to the next one: who is there, too, moves, the others stay."""
+  boxes = now.boxes.copy()
+  _, here, there = np.intersect1d(now.person, then.person, return_indices=True)
+  boxes[here] += (time - now.time) / (then.time - now.time) * (then.boxes[there] - boxes[here])
+  return boxes

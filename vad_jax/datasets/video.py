@@ -124,7 +124,7 @@ class VideoReader:
       self._origin = start if self.broken and start is not None else frame.pts or 0
       self._stored_size = frame.height, frame.width
       self._quarter_turns = round(frame.rotation / 90) % 4
-      self.size = self._stored_size[::-1] if self._quarter_turns % 2 else self._stored_size
+      self.size = (frame.width, frame.height) if self._quarter_turns % 2 else self._stored_size
       self.broken = 0  # they are met again when the frames are read
       stream, container = self._stream, self._container
       self.duration = container.duration / av.time_base if container.duration else None
