@@ -120,12 +120,12 @@ def read(
   """
   export = exports.read(annotations or source, problems, kind=kind, action_attributes=action_attributes)
   files = _video_files(source)
-  entries = _match(export.videos, files, source, problems)
+  entries = match(export.videos, files, source, problems)
   frames: dict[str, Frames] = {}
   with progress.bar("Looking at videos", len(entries)) as advance:
     for video, annotated in entries.items():
       try:
-        frames[video] = _keyframes(files[video], annotated, stride, problems)
+        frames[video] = boxes_by_time(files[video], annotated, stride, problems)
       except VideoError as error:
         problems.explain("videos that cannot be read, left out", {video: str(error)})
       advance()
@@ -174,10 +174,20 @@ def _video_files(source: Path) -> dict[str, Path]:
   return files
 
 
-def _match(
+def match(
   annotated: Iterable[AnnotatedVideo], files: dict[str, Path], source: Path, problems: Problems
 ) -> dict[str, list[AnnotatedVideo]]:
-  """Which annotations belong to which video; what has no counterpart is noted."""
+  """Which annotations belong to which video; what has no counterpart is noted.
+
+  Args:
+    annotated: of any videos.
+    files: the videos by name.
+    source: where they are, for messages.
+    problems: gets what has no counterpart.
+
+  Raises:
+    VideoError: no annotations belong to any of the videos.
+  """
   entries: dict[str, list[AnnotatedVideo]] = collections.defaultdict(list)
   missing = {}
   for one in annotated:
@@ -206,8 +216,19 @@ def _possible_names(called: str) -> list[str]:
   return [name.replace(",", "_") for name in names]
 
 
-def _keyframes(path: Path, entries: list[AnnotatedVideo], stride: float, problems: Problems) -> Frames:
-  """Boxes at keyframes, by time."""
+def boxes_by_time(path: Path, entries: list[AnnotatedVideo], stride: float, problems: Problems) -> Frames:
+  """Boxes at keyframes, by time.
+
+  Args:
+    path: the video.
+    entries: its annotations.
+    stride: see `read`.
+    problems: gets what is repaired and left out.
+
+  Raises:
+    AnnotationError: the annotations do not fit the video.
+    VideoError: it cannot be read.
+  """
   picture = _look(path, need_times=any(entry.clock != "seconds" for entry in entries))
   moments: dict[float, list[tuple[AnnotatedVideo, float]]] = collections.defaultdict(list)
   for entry in entries:

@@ -37,6 +37,7 @@ class _Track(NamedTuple):
     boxes: ``[n, 5]`` x1, y1, x2, y2 and clockwise rotation in degrees.
     outside: ``[n]`` whether the person is out of the picture from this frame on.
     actions: of each box, until the next.
+    drawn: frames where somebody drew the person, who is there.
   """
 
   number: int
@@ -44,11 +45,12 @@ class _Track(NamedTuple):
   boxes: np.ndarray
   outside: list[bool]
   actions: list[tuple[str, ...]]
+  drawn: set[int]
 
   def at(self, frame: int) -> Box | None:
     """The box of a frame: linear between two that are given, the last one for ever after."""
     here = bisect.bisect_right(self.frames, frame) - 1
-    if here < 0 or self.outside[here] or not self.actions[here]:
+    if here < 0 or self.outside[here]:
       return None
     box = self.boxes[here]
     if here + 1 < len(self.frames) and frame > self.frames[here]:
@@ -123,6 +125,7 @@ def _track(
     raise AnnotationError(f"{place}: has no label")
   attributes = chosen.get(label, {})
   found: dict[int, tuple[list[float], bool, tuple[str, ...]]] = {}
+  drawn = set()
   problems.add(NOT_BOXES, document.path, sum(shape.tag not in ("box", "attribute") for shape in element))
   for shape in element.findall("box"):
     frame = _number(shape, "frame", place, whole=True)
@@ -135,12 +138,15 @@ def _track(
       names = [action for name, attribute in attributes.items() for action in attribute.actions(given.get(name, ""))]
     if frame in found:
       raise AnnotationError(f"{where}: two boxes of one track in one frame")
-    found[int(frame)] = box, shape.get("outside") == "1", classes.add(names)
+    gone = shape.get("outside") == "1"
+    if not gone and shape.get("keyframe") != "0":
+      drawn.add(int(frame))
+    found[int(frame)] = box, gone, classes.add(names)
   problems.add(NO_ACTION, document.path, sum(not actions and not outside for _, outside, actions in found.values()))
   frames = sorted(found)
   boxes, outside, actions = zip(*(found[frame] for frame in frames), strict=True) if found else ((), (), ())
   number = element.get("id", "")
-  return _Track(int(number) if number.isdecimal() else -1, frames, np.array(boxes), list(outside), list(actions))
+  return _Track(int(number) if number.isdecimal() else -1, frames, np.array(boxes), list(outside), list(actions), drawn)
 
 
 def _video(
@@ -180,7 +186,8 @@ def _video(
 
   subset = task.findtext("subset", "").lower()
   split = next((split for split in ("train", "val", "test") if subset.startswith(split)), "")
-  return AnnotatedVideo(names, place, "frames", moments, boxes_at, (height, width), split)
+  drawn = sorted({frame for track in mine for frame in track.drawn}.intersection(moments))
+  return AnnotatedVideo(names, place, "frames", moments, boxes_at, (height, width), split, drawn)
 
 
 def _text(element: ElementTree.Element, name: str) -> str:

@@ -41,13 +41,17 @@ class Box(NamedTuple):
 
   Attributes:
     corners: see `AnnotatedVideo.size`.
-    person: number of the track, or of the box in its frame where there are no tracks.
-    actions: names of classes, at least one.
+    person: number of the track; of COCO without tracks a negative one, of others that of the box in its frame.
+    actions: names of classes.
+    score: that this is a person, in [0, 1]; 1 where annotated.
+    action_scores: of each action; empty where all are 1.
   """
 
   corners: Corners
   person: int
   actions: tuple[str, ...]
+  score: float = 1.0
+  action_scores: tuple[float, ...] = ()
 
 
 class AnnotatedVideo(NamedTuple):
@@ -62,6 +66,7 @@ class AnnotatedVideo(NamedTuple):
     boxes_at: the boxes of a moment.
     size: height and width that corners refer to; None for those of the video.
     split: what the file says: "train", "val", "test" or nothing.
+    drawn: the moments with a box that is not interpolated; None for all.
   """
 
   names: list[str]
@@ -71,6 +76,7 @@ class AnnotatedVideo(NamedTuple):
   boxes_at: Callable[[Any], list[Box]]
   size: tuple[float, float] | None
   split: str = ""
+  drawn: Sequence[float] | None = None
 
 
 class Document(NamedTuple):
@@ -174,6 +180,11 @@ class Classes:
     return names
 
 
+def is_readable_action(name: str) -> bool:
+  """Whether a checkbox of this name is read as an action, and under this name."""
+  return name == name.strip() and name.lower() not in _UNSET and _names_actions(Attribute(name, "switch", []))
+
+
 def _names_actions(attribute: Attribute) -> bool:
   checkbox = attribute.kind == "switch" and attribute.name.lower() not in _OTHER_CHECKBOXES
   return checkbox or bool(_ACTION_NAME.search(attribute.name))
@@ -197,7 +208,8 @@ class _Image(NamedTuple):
 def parse_coco(document: Document, classes: Classes, problems: Problems) -> Parsed:
   """COCO with frames of videos: by ``video_id`` and ``frame_id``, or by names of files such as ``clip/000012.jpg``.
 
-  Frames count from 0, or from 1 where no frame is 0 and one is 1.
+  Frames count from 0, or from 1 where no frame is 0 and one is 1. Files of `vad_jax.interchange` always count from 0,
+  and list the actions with their ids as ``action_categories``; those of a box are its checkboxes.
   """
   content = document.json()
   titles = {video["id"]: str(video.get("name") or video["file_name"]) for video in content.get("videos", [])}
@@ -206,18 +218,23 @@ def parse_coco(document: Document, classes: Classes, problems: Problems) -> Pars
   for index, image in enumerate(content.get("images", [])):
     images[image["id"]] = _coco_image(image, f"{document.path}: images[{index}]", titles, sizes)
   first = min((image.frame for image in images.values()), default=0)
-  if first == 1:
+  listed = content.get("action_categories")
+  base = int(first == 1 and listed is None)
+  if base:
     problems.explain("frames that count from 1", {str(document.path): f"{document.path}: frame 1 is the first"})
-  base = int(first == 1)
 
   names = {category["id"]: str(category["name"]) for category in content["categories"]}
+  ids = None if listed is None else {int(action["id"]): str(action["name"]) for action in listed}
+  classes.add((ids or {}).values())
   attributes = classes.choose(_coco_attributes(content["annotations"]))
-  if not attributes:
+  by_label = ids is None and not attributes
+  if by_label:
+    ids = {int(index): name for index, name in names.items()}
     classes.add(names.values())
   frames: dict[str | None, dict[int, list[Box]]] = collections.defaultdict(dict)
   for image in images.values():
     frames[image.video].setdefault(image.frame - base, [])
-  people: dict[Any, int] = {}  # numbers of tracks, or of boxes without one: a box that stands twice does two things
+  people: dict[Any, int] = {}  # boxes without a number of a track: one that stands twice does two things
   for index, annotation in enumerate(content["annotations"]):
     place = f"{document.path}: annotations[{index}]"
     if annotation.get("iscrowd"):
@@ -230,19 +247,22 @@ def parse_coco(document: Document, classes: Classes, problems: Problems) -> Pars
     x, y, width, height = _numbers(annotation.get("bbox"), 4, f"{place}: bbox")
     given = annotation.get("attributes") or {}
     found = [names[annotation["category_id"]]]
-    if attributes:
+    if not by_label:
       found = [action for name, attribute in attributes.items() for action in attribute.actions(given.get(name, ""))]
     image, corners = images[annotation["image_id"]], (x, y, x + width, y + height)
     track = annotation.get("track_id", annotation.get("instance_id", given.get("track_id")))
-    person = people.setdefault((annotation["image_id"], corners) if track is None else track, len(people))
-    if actions := classes.add(found):
-      frames[image.video][image.frame - base].append(Box(corners, person, actions))
+    if not isinstance(track, int) or track < 0:
+      track = ~people.setdefault((annotation["image_id"], corners) if track is None else track, len(people))
+    actions, score, of_actions = classes.add(found), annotation.get("score", 1), annotation.get("action_scores") or {}
+    scores = [score, *(of_actions.get(action, score) for action in actions)]
+    score, *scores = _numbers(scores, len(scores), f"{place}: score and action_scores")
+    frames[image.video][image.frame - base].append(Box(corners, track, actions, score, tuple(scores)))
     problems.add(NO_ACTION, document.path, int(not actions))
   image_sizes: dict[str | None, Any] = {}
   for key, image in images.items():
     if image_sizes.setdefault(image.video, image.size) != image.size:
       raise AnnotationError(f"{document.path}: image {key} is not as large as others of {image.video}")
-  return (None if attributes else {int(index): name for index, name in names.items()}), [
+  return ids, [
     AnnotatedVideo(
       document.suggested_names() if video is None else [video],
       f"{document.path}: {video or 'frames of a video without name'}",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from vad_jax.annotations import AnnotationError
 from vad_jax.datasets import cvat, export_formats
-from vad_jax.datasets.export_formats import PARSING_ERRORS, AnnotatedVideo, Classes, Document
+from vad_jax.datasets.export_formats import PARSING_ERRORS, AnnotatedVideo, Classes, Document, Parsed
 from vad_jax.datasets.source_set import Problems
 
 FORMATS = {
@@ -44,7 +44,14 @@ class Export(NamedTuple):
   notes: list[str]
 
 
-def read(path: Path, problems: Problems, *, kind: str | None = None, action_attributes: Sequence[str] = ()) -> Export:
+def read(
+  path: Path,
+  problems: Problems,
+  *,
+  kind: str | None = None,
+  action_attributes: Sequence[str] = (),
+  keep_idle: bool = False,
+) -> Export:
   """Reads a file, an archive, or all that look like annotations in a folder.
 
   Args:
@@ -52,6 +59,7 @@ def read(path: Path, problems: Problems, *, kind: str | None = None, action_attr
     problems: gets what is repaired and left out.
     kind: one of `FORMATS`; by default the content tells.
     action_attributes: the attributes that name actions; by default guessed, see above.
+    keep_idle: see `parse`; nobody at all may do something then.
 
   Raises:
     AnnotationError: a file is malformed, no file is of a known format, or they are of several.
@@ -74,7 +82,7 @@ def read(path: Path, problems: Problems, *, kind: str | None = None, action_attr
   classes = Classes(action_attributes)
   parsed, excluded = [], set()
   for document in documents:
-    ids, videos = parse(name, document, classes, problems)
+    ids, videos = parse(name, document, classes, problems, keep_idle=keep_idle)
     if name in ("csv", "datumaro") and "excluded" in document.path.stem:
       excluded |= {(video.names[0], moment) for video in videos for moment in video.moments}
     else:
@@ -82,7 +90,7 @@ def read(path: Path, problems: Problems, *, kind: str | None = None, action_attr
   if missing := set(action_attributes) - classes.known:
     known = ", ".join(sorted(classes.known)) or "none at all"
     raise AnnotationError(f"{path}: no attribute {', '.join(sorted(missing))}; there are: {known}")
-  if not classes.names:
+  if not classes.names and not keep_idle:
     raise AnnotationError(f"{path}: no box with an action")
   chosen = ", ".join(sorted(classes.chosen))
   notes = [f"actions are the values of {chosen}" if chosen else "actions are the labels of the boxes"]
@@ -98,9 +106,16 @@ def read(path: Path, problems: Problems, *, kind: str | None = None, action_attr
 
 
 def parse(
-  kind: str, document: Document, classes: Classes, problems: Problems
-) -> tuple[dict[int, str] | None, list[AnnotatedVideo]]:
+  kind: str, document: Document, classes: Classes, problems: Problems, *, keep_idle: bool = False
+) -> Parsed:
   """Reads one file of a known format.
+
+  Args:
+    kind: one of `FORMATS`.
+    document: the file.
+    classes: gets the classes.
+    problems: gets what is repaired and left out.
+    keep_idle: keep boxes without an action, where the format has them.
 
   Returns:
     Ids of the classes, where the file gives them, and annotations by video.
@@ -109,12 +124,17 @@ def parse(
     AnnotationError: it is malformed; says where.
   """
   try:
-    return FORMATS[kind](document, classes, problems)
+    ids, videos = FORMATS[kind](document, classes, problems)
+    return ids, videos if keep_idle else [_without_idle(video) for video in videos]
   except AnnotationError:
     raise
   except PARSING_ERRORS as error:
     what = f"{error} is missing" if isinstance(error, KeyError) else f"unexpected content ({error})"
     raise AnnotationError(f"{document.path}: {what}; expected an export of {kind}") from None
+
+
+def _without_idle(video: AnnotatedVideo) -> AnnotatedVideo:
+  return video._replace(boxes_at=lambda moment: [box for box in video.boxes_at(moment) if box.actions])
 
 
 def recognise(document: Document) -> str | None:
