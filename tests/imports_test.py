@@ -39,6 +39,7 @@ ALLOWED = {
   "detect": {"datasets", "person_boxes"},
   "predictions": {"datasets", "ops", "person_boxes", "visualize"},
   "predict": {"checkpoint", "datasets", "detect", "metrics", "ops", "person_boxes", "predictions", "visualize"},
+  "demo": {"checkpoint", "datasets", "person_boxes", "predict", "predictions", "visualize"},
   "main": {
     *("checkpoint", "convert", "datasets", "evaluate", "metrics", "models", "optim", "predict", "sharding", "train"),
     *("describe", "logs", "person_boxes", "processes", "visualize"),
@@ -53,6 +54,7 @@ KEPT_IN = {
   "grain": {"datasets/loader"},
   "torch": {"convert"},
   "av": {"datasets/video", "predictions"},
+  "gradio": {"demo/__main__", "demo/page"},
   "configs": set(),
   "data": set(),
 }
