@@ -158,7 +158,7 @@ def evad() -> str:
         114,
         "features",
         "ViT",
-        "three of its blocks drop|tokens of other moments,|those that the keyframe|looks at least",
+        "three of its blocks drop|tokens of other moments,|those that get|least attention",
       ),
       Slices(84, 226, "features", kept, "tokens that are left; the keyframe keeps all"),
       Box(388, 24, 140, 80, "place", "Feature pyramid", "keyframe tokens|of four blocks"),

@@ -1,0 +1,50 @@
+"""The documentation site builds without a warning and without anything from other hosts; figures are up to date."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  folder = tmp_path_factory.mktemp("site")
+  command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+  done = subprocess.run(
+    command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  return folder
+
+
+def test_nothing_comes_from_other_hosts(site: Path) -> None:
+  """Links may lead elsewhere; scripts, styles, fonts and pictures may not."""
+  pages = list(site.rglob("*.html"))
+  assert len(pages) > 20
+  for page in pages:
+    text = page.read_text()
+    loaded = re.findall(r"<(?:script|img|iframe|source|video)\b[^>]*\bsrc=[\"']?([^\"' >]+)", text)
+    loaded += re.findall(r"<link\b(?=[^>]*\brel=[\"']?(?:stylesheet|preconnect|icon))[^>]*\bhref=[\"']?([^\"' >]+)", text)
+    assert not [url for url in loaded if re.match(r"(https?:)?//", url)], page
+
+
+def test_pages_hold_what_they_are_for(site: Path) -> None:
+  """Files from elsewhere in the repository are pages, links between them work, and figures are drawn inside of pages."""
+  overview = (site / "overview/index.html").read_text()
+  assert 'href="../tpu/"' in overview and 'href="../data/#records"' not in overview
+  assert "data/sample/exports</a>" not in overview  # a folder is no page
+  assert 'id="vad_jax.batch.Batch"' in (site / "api/contract/index.html").read_text()
+  for name in ("evad", "class_query", "bmvit", "action_transformer", "st_context"):
+    assert "<svg" in (site / f"systems/{name}/index.html").read_text()
+
+
+def test_figures_are_what_the_script_draws() -> None:
+  script = runpy.run_path(str(ROOT / "docs/figures.py"))
+  for figure in script["FIGURES"]:
+    assert (script["FOLDER"] / f"{figure.__name__}.svg").read_text() == figure(), "run python docs/figures.py"
