@@ -69,9 +69,7 @@ def read(path: PathLike, video: PathLike | None = None, label_map: LabelMap | No
     return result if video is None else result._replace(source=Path(video))
   kind = exports.recognise(document)
   if kind is None and not document.content.startswith(b"PK"):
-    raise ValueError(
-      f"{path}: none of the formats that are known: JSON of vad_jax.predict, COCO JSON, AVA CSV, CVAT XML"
-    )
+    raise ValueError(f"{path}: neither JSON of vad_jax.predict nor COCO JSON, AVA CSV or CVAT XML")
   if video is None:
     raise ValueError(f"{path}: does not say where its video is; give it with --video")
   if kind in ("csv", "datumaro"):

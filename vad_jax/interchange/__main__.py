@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import re
 import sys
 from pathlib import Path
 
@@ -17,11 +16,10 @@ def main(arguments: list[str] | None = None) -> int:
   logging.basicConfig(format="warning: %(message)s")
   options = _parse(arguments)
   source, to = options.input, options.to
-  name = re.sub(r"(\.(coco|ava|cvat))?\.\w+$", "", source.name)
-  output = options.output or source.with_name(name + _SUFFIXES[to])
+  output = options.output or source.with_name(source.stem + _SUFFIXES[to])
   try:
-    if output.exists() and output.samefile(source):
-      raise ValueError(f"{source}: would be replaced; choose another --output")
+    if output.exists() and (options.output is None or output.samefile(source)):
+      raise ValueError(f"{output}: is there already; choose another --output")
     label_map = _label_map(options.labels) if options.labels else None
     result = interchange.read(source, options.video, label_map)
     if to == "coco":

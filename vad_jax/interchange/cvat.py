@@ -79,8 +79,9 @@ def write_cvat(result: Prediction, path: PathLike, label_map: LabelMap | None = 
   """Writes "CVAT for video 1.1": a track for each person, to correct in CVAT and to train on again.
 
   The label is "person", with a checkbox for each action. Boxes are linear between keyframes in a row that have the
-  person; the track is outside from the next one on that has not, and after the last one. ``<path>.labels.json`` beside
-  the file describes the label for the tab "Raw" of a new task of CVAT, into which the file can then be uploaded.
+  person; the track is outside from the next one on that has not, or after 1.5 of the usual distance.
+  ``<path>.labels.json`` beside the file describes the label for the tab "Raw" of a new task of CVAT, into which the
+  file can then be uploaded.
 
   Args:
     result: what to write; its video has to be there.
@@ -96,7 +97,7 @@ def write_cvat(result: Prediction, path: PathLike, label_map: LabelMap | None = 
     raise AnnotationError(f"{path}: nobody does anything; name the actions to choose from, with --labels")
   height, width = result.size
   frames = [*keyframes, num_frames]
-  typical = int(np.median(np.diff(list(keyframes)))) if len(keyframes) > 1 else num_frames
+  longest = int(1.5 * np.median(np.diff(list(keyframes)))) if len(keyframes) > 1 else num_frames
   tracks: dict[int, list[_Shape]] = collections.defaultdict(list)
   for (frame, keyframe), following in zip(keyframes.items(), frames[1:], strict=True):
     if len(set(keyframe.person.tolist())) < len(keyframe.person):
@@ -105,7 +106,7 @@ def write_cvat(result: Prediction, path: PathLike, label_map: LabelMap | None = 
     for corners, _, actions, person in people_of(keyframe):
       pixels = [f"{value:.2f}" for value in corners * (width, height, width, height)]
       shape = _Shape(frame, 0, pixels, {action.name for action in actions})
-      end = min(following, frame + typical)
+      end = min(following, frame + longest)
       tracks[person].append(shape)
       if person not in still_there and end < num_frames:
         tracks[person].append(shape._replace(frame=end, outside=1))
