@@ -61,7 +61,7 @@ def serve(checkpoints: Sequence[str], *, host: str, port: int | None, limits: Li
         quiet=True,
         footer_links=[],
         run_history=False,
-        max_file_size=int(limits.megabytes * 1e6),
+        max_file_size=limits.size,
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,

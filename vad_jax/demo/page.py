@@ -18,6 +18,8 @@ _HERE = Path(__file__).parent
 _ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 _PROGRESS = gr.Progress()
 _LIVE = '<div role="status" aria-live="polite">${value}</div>'  # read out when it changes
+_NAME_SAMPLES = """() => document.querySelectorAll(".gallery-item").forEach(
+  (button, index) => button.setAttribute("aria-label", `Sample ${index + 1}`))"""
 _IDLE, _BUSY = gr.Button(interactive=False), gr.Button(interactive=True)  # states of the button that cancels
 _NO_PICTURE = gr.Image(value=None, visible=False)
 _EMPTY = '<p class="tl-none">Who does what, and when, will stand here.</p>'
@@ -101,7 +103,7 @@ class Actions:
     return self._sessions.of(str(request.session_hash))
 
   def _checked(self, path: str, request: gr.Request) -> Video:
-    self._session(request).uploads.add(Path(path))
+    self._sessions.keep(str(request.session_hash), Path(path))
     return check(Path(path), self._limits)
 
 
@@ -117,7 +119,7 @@ def build(actions: Actions, systems: Sequence[str], samples: Sequence[Path], lim
         )
         if samples:
           gr.Examples([str(sample) for sample in samples], video, label="Samples", cache_examples=False)
-        system = gr.Dropdown(list(systems), value=systems[0], label="System", elem_id="system")
+        system = gr.Radio(list(systems), value=systems[0], label="System", elem_id="system")
         sliders = [
           gr.Slider(LEAST_SCORE, 0.95, default, step=0.05, label=f"{kind} score, at least", elem_id=f"{kind.lower()}")
           for kind, default in (("Person", 0.5), ("Action", 0.3))
@@ -166,6 +168,7 @@ def build(actions: Actions, systems: Sequence[str], samples: Sequence[Path], lim
     )
     video.change(actions.check, video, status, queue=False, api_visibility="private")
     rows.select(actions.look, None, [picture, caption], api_visibility="private")
+    page.load(None, js=_NAME_SAMPLES)
     page.unload(actions.leave)
   return page
 

@@ -34,10 +34,15 @@ class StoppedError(Exception):
 
 
 class Limits(NamedTuple):
-  """Of a video: length in seconds, size of the file in megabytes (of 1e6 bytes)."""
+  """Of a video: length in seconds, size of the file in megabytes (of 2^20 bytes)."""
 
   seconds: float
   megabytes: float
+
+  @property
+  def size(self) -> int:
+    """Of the file in bytes."""
+    return int(self.megabytes * 2**20)
 
 
 class Video(NamedTuple):
@@ -58,8 +63,8 @@ def check(path: Path, limits: Limits) -> Video:
   size = path.stat().st_size if path.is_file() else 0
   if not size:
     raise DemoError(f"{path.name} is empty. Choose another file.")
-  if size > limits.megabytes * 1e6:
-    raise DemoError(f"{path.name} has {size / 1e6:.1f} MB; at most {limits.megabytes:g} MB are taken.")
+  if size > limits.size:
+    raise DemoError(f"{path.name} has {size / 2**20:.1f} MB; at most {limits.megabytes:g} MB are taken.")
   with _named_for_visitors(path), VideoReader(path) as reader:
     if reader.duration is None:
       raise DemoError(f"{path.name} does not say how long it is. Convert it to mp4.")
@@ -80,7 +85,6 @@ class Session:
     self._video: Video | None = None
     self._found: Prediction | None = None  # all from the least score up
     self._shown: Prediction | None = None
-    self.uploads: set[Path] = set()
 
   def find(
     self,
@@ -248,12 +252,13 @@ class Sessions:
   """The visitors that are there, by the key that each browser tab has.
 
   Args:
-    root: folder of everything, also of uploads.
+    root: folder of everything, also of uploads; nothing outside is ever removed.
   """
 
   def __init__(self, root: Path):
-    self._root = root
+    self._root = root.resolve()
     self._open: dict[str, Session] = {}
+    self._uploads: dict[str, set[Path]] = {}
     self._lock = threading.Lock()
 
   def of(self, key: str) -> Session:
@@ -263,15 +268,22 @@ class Sessions:
         self._open[key] = Session(Path(tempfile.mkdtemp(prefix="visitor_", dir=self._root)))
       return self._open[key]
 
+  def keep(self, key: str, video: Path) -> None:
+    """Remembers a visitor's upload, to remove it in the end; samples lie outside of the root and are not uploads."""
+    video = video.resolve()
+    if video.is_relative_to(self._root):
+      with self._lock:
+        self._uploads.setdefault(key, set()).add(video)
+
   def close(self, key: str) -> None:
     """Removes all that is left of a visitor; equal uploads of others are one file, which stays."""
     with self._lock:
       session = self._open.pop(key, None)
-      others = {upload for other in self._open.values() for upload in other.uploads}
+      uploads = self._uploads.pop(key, set()).difference(*self._uploads.values())
     if session:
       session.close()
-      for upload in session.uploads - others:
-        upload.unlink(missing_ok=True)
+    for upload in uploads:
+      upload.unlink(missing_ok=True)
 
   def close_all(self) -> None:
     """Stops all work."""
