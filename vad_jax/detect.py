@@ -37,39 +37,35 @@ class Detector:
 
   Attributes:
     tubes: whether it answers for every frame of a clip.
+    offsets: ``[T]`` times of a clip's frames from its keyframe, in seconds.
   """
 
-  def __init__(
-    self,
-    model: Any,
-    info: dict[str, Any],
-    size: tuple[int, int],
-    *,
-    people: PersonBoxes | None,
-    batch_size: int,
-    with_maps: bool,
-  ):
+  def __init__(self, model: Any, info: dict[str, Any], size: tuple[int, int], *, batch_size: int, with_maps: bool):
     """Finds out what the model answers for, which compiles nothing.
 
     Args:
       model: the model.
       info: of its checkpoint, see `vad_jax.checkpoint.Loaded`.
       size: height and width of the video.
-      people: whom it is to classify, or None where it finds them.
       batch_size: clips at once.
       with_maps: whether its maps are wanted.
     """
     self._graphdef, self._state = nnx.split(model)
-    self._offsets = ClipSpec(**info["clip"]).times(0.0)
+    self.offsets = ClipSpec(**info["clip"]).times(0.0)
     self._canvas = video_canvas(size, info["short_side"], info["canvas"])
     self._place = functools.partial(place_on_canvas, canvas=self._canvas, short_side=info["short_side"])
     self._placed_size = self._place(np.zeros((1, *size, 3), np.uint8))[1]
-    self._people, self._batch_size, self._with_maps = people, batch_size, with_maps
-    shapes = _run_model.eval_shape(self._graphdef, self._state, self._inputs([], []), with_maps)
+    self._batch_size, self._with_maps = batch_size, with_maps
+    nobody = PersonBoxes("", np.array([]), [], []) if getattr(model, "takes_proposals", False) else None
+    shapes = _run_model.eval_shape(self._graphdef, self._state, self._inputs([], [], nobody), with_maps)
     self.tubes = len(shapes[0].boxes.shape) == 4
 
+  def place(self, frame: np.ndarray) -> np.ndarray:
+    """A frame as the model takes it: resized, on its canvas."""
+    return self._place(frame[None])[0][0]
+
   def run(
-    self, frames: Iterable[Frame], num_frames: int | None, stride: float | None
+    self, frames: Iterable[Frame], num_frames: int | None, stride: float | None, people: PersonBoxes | None
   ) -> Iterator[tuple[float, Detections, Seen | None]]:
     """Detects in a stream of frames.
 
@@ -77,44 +73,57 @@ class Detector:
       frames: of the video, from its start.
       num_frames: how many there are, as far as it is known.
       stride: seconds between keyframes, see `clips`; tubes have every frame.
+      people: as for `answer`.
+
+    Yields:
+      What `answer` does.
+    """
+    placed = ((time, self.place(frame)) for time, frame in frames)
+    if self.tubes:
+      return self.answer(consecutive_clips(placed, len(self.offsets), num_frames), people)
+    return self.answer((([(time, 0)], clip) for time, clip in clips(placed, self.offsets, stride)), people)
+
+  def answer(
+    self, source: Iterable[Clip], people: PersonBoxes | None
+  ) -> Iterator[tuple[float, Detections, Seen | None]]:
+    """Detects in clips.
+
+    Args:
+      source: clips of placed frames.
+      people: whom the model is to classify, or None where it finds them.
 
     Yields:
       Time and detections (no batch axis) of each keyframe, and what was seen, if asked for. Of tubes these are of each
       frame, and what was seen of the middle one of a clip.
     """
-    placed = ((time, self._place(frame[None])[0][0]) for time, frame in frames)
-    if self.tubes:
-      source = consecutive_clips(placed, len(self._offsets), num_frames)
-    else:
-      source = (([(time, 0)], clip) for time, clip in clips(placed, self._offsets, stride))
 
     def runs() -> Iterator[tuple[list[list[tuple[float, int]]], np.ndarray, Any]]:
       for batch in _batched(source, self._batch_size):
         moments = [moments for moments, _ in batch]
-        inputs = self._inputs([clip for _, clip in batch], [times[0][0] for times in moments])
-        shown = inputs["video"][:, len(self._offsets) // 2].copy() if self._with_maps else np.empty(0)
+        inputs = self._inputs([clip for _, clip in batch], [times[0][0] for times in moments], people)
+        shown = inputs["video"][:, len(self.offsets) // 2].copy() if self._with_maps else np.empty(0)
         yield moments, shown, _run_model(self._graphdef, self._state, inputs, self._with_maps)
 
     # One batch behind: the device works on a batch while the next one is being decoded.
     for (batch, shown, run), _ in itertools.pairwise(itertools.chain(runs(), [([], np.empty(0), None)])):
       found, maps = jax.device_get(run[0]), run[1]
       for row, moments in enumerate(batch):
-        middle = min(moments, key=lambda moment: abs(moment[1] - len(self._offsets) // 2))
+        middle = min(moments, key=lambda moment: abs(moment[1] - len(self.offsets) // 2))
         for moment in moments:
           at = (row, moment[1]) if self.tubes else row
           detections = Detections(found.boxes[at], found.actor_score[at], found.action_score[at], found.valid[row])
           seen = self._seen(shown[row], maps, row) if self._with_maps and moment == middle else None
           yield moment[0], detections, seen
 
-  def _inputs(self, batch: list[np.ndarray], times: list[float]) -> dict[str, np.ndarray]:
+  def _inputs(self, batch: list[np.ndarray], times: list[float], people: PersonBoxes | None) -> dict[str, np.ndarray]:
     """A batch without annotations, which only a loss reads; the rows that no clip fills have key -1."""
-    video = np.zeros((self._batch_size, len(self._offsets), *self._canvas, 3), np.uint8)
+    video = np.zeros((self._batch_size, len(self.offsets), *self._canvas, 3), np.uint8)
     for row, clip in enumerate(batch):
       video[row] = clip
     key = np.where(np.arange(self._batch_size) < len(batch), 0, -1).astype(np.int32)
     video_size = np.tile(np.array(self._placed_size, np.int32), (self._batch_size, 1))
     inputs = {"video": video, "video_size": video_size, "key": key}
-    return inputs | (self._people.batch(times, self._batch_size) if self._people else {})
+    return inputs | (people.batch(times, self._batch_size) if people else {})
 
   def _seen(self, frame: np.ndarray, maps: dict[str, jax.Array], row: int) -> Seen:
     """Takes the padding away. Maps come from the device row by row: those of people and classes are many."""

@@ -19,8 +19,11 @@ import contextlib
 import math
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vad_jax import checkpoint, person_boxes, visualize
+from vad_jax import checkpoint, live, person_boxes, visualize
 from vad_jax.batch import Detections
 from vad_jax.datasets.video import VideoReader
 from vad_jax.detect import CLASS_ATTENTION, Detector, Seen
@@ -99,7 +102,7 @@ def predict_video(
     OSError: the output directory cannot be written.
   """
   loaded = load(model) if isinstance(model, str | Path) else model
-  source = Path(video)
+  source, begun = Path(video), time.monotonic()
   selection = Selection(loaded.info["label_map"], actor_threshold, action_threshold, top_k, nms)
   if save_maps and not hasattr(loaded.model, "maps"):
     raise ValueError(f"{loaded.info['model']['name']} has no maps to save")
@@ -110,19 +113,17 @@ def predict_video(
   with contextlib.ExitStack() as stack:
     reader = stack.enter_context(VideoReader(source))
     outputs = _prepare_outputs(source, output_dir) if output_dir is not None else {}
-    detector = Detector(
-      loaded.model, loaded.info, reader.size, people=people, batch_size=batch_size, with_maps=save_maps
-    )
+    detector = Detector(loaded.model, loaded.info, reader.size, batch_size=batch_size, with_maps=save_maps)
     stride = None if detector.tubes else stride
     maps = stack.enter_context(_complete(outputs["maps"])) if save_maps and outputs else None
     frames = stack.enter_context(contextlib.closing(watched(reader, "detect", _part(on_progress, first, parts))))
     keyframes, tracker = [], Tracker()
-    for time, found, seen in detector.run(frames, reader.num_frames, stride):
+    for moment, found, seen in detector.run(frames, reader.num_frames, stride, people):
       slots = selection.slots(found)
-      keyframes.append(selection.keyframe(time, found, slots, tracker))
+      keyframes.append(selection.keyframe(moment, found, slots, tracker))
       if seen and maps:
         _write_maps(maps, seen, found, slots, keyframes[-1], selection.label_map, reader.size)
-    result = Prediction(source, reader.size, reader.fps, reader.broken, keyframes)
+    result = Prediction(source, reader.size, reader.fps, reader.broken, keyframes, num_frames=reader.num_frames)
   if detector.tubes:
     result = result._replace(tubes=_link(result))
   if people and all(people.index(keyframe.time) is None for keyframe in keyframes):
@@ -139,7 +140,7 @@ def predict_video(
       result = result._replace(video=outputs["video"])
   if on_progress:
     on_progress(1.0)
-  return result
+  return result._replace(seconds=time.monotonic() - begun)
 
 
 def _part(on_progress: Callable[[float], None] | None, part: int, parts: int) -> Callable[[float], None]:
@@ -300,6 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
   except (OSError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  if live.is_live(options.video[0]):
+    return _watch(loaded, boxes, options)
   failed = 0
   for video in options.video:
     try:
@@ -327,6 +330,50 @@ def main(arguments: list[str] | None = None) -> int:
   return 1 if failed else 0
 
 
+def _watch(loaded: checkpoint.Loaded, boxes: Any, options: argparse.Namespace) -> int:
+  """Runs on a live source; returns the exit code."""
+  if isinstance(boxes, str):
+    print(f"error: {boxes}: not a checkpoint; the people of a live source are found by a model", file=sys.stderr)
+    return 1
+  stop = threading.Event()
+  before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+  label_map = loaded.info["label_map"]
+  name = live.shown_name(options.video[0])
+  try:
+    report = live.watch(
+      *(loaded, options.video[0], options.output_dir),
+      Selection(label_map, options.actor_threshold, options.action_threshold, options.top_k, options.nms),
+      people_from=boxes,
+      stride=options.stride,
+      draw=not options.no_video,
+      seconds=options.seconds or math.inf,
+      stop=stop,
+      on_answer=_print_answer,
+    )
+  except (OSError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  finally:
+    signal.signal(signal.SIGINT, before)
+  print(f"{name}: {report.keyframes} keyframes in {report.seconds:.1f} s, {report.skipped} skipped for want of time")
+  print(f"  {report.frames} frames came, {report.drawn} are drawn; delay at most {report.delay:.2f} s")
+  for path in (report.json, report.video):
+    if path:
+      print(f"  {path}")
+  if report.lost:
+    print(f"error: lost after {report.seconds:.1f} s: {report.lost}; what was written is complete", file=sys.stderr)
+  return 1 if report.lost else 0
+
+
+def _print_answer(answer: live.Answer) -> None:
+  keyframe = answer.keyframes[-1]
+  people = [
+    f"person {person}: {', '.join(f'{action.name} {action.score:.2f}' for action in actions) or '-'}"
+    for person, actions in zip(keyframe.person, keyframe.actions, strict=True)
+  ]
+  print(f"{keyframe.time:8.2f} s, delay {answer.delay:.2f} s  {'; '.join(people) or 'nobody'}", flush=True)
+
+
 def _report(result: Prediction) -> None:
   people = sum(len(keyframe.boxes) for keyframe in result.keyframes)
   print(f"{result.source}: {people} people in {len(result.keyframes)} keyframes", end="")
@@ -335,6 +382,11 @@ def _report(result: Prediction) -> None:
     print("  nothing passed the thresholds; try a lower --actor-threshold")
   elif not any(actions for keyframe in result.keyframes for actions in keyframe.actions):
     print("  no action passed the thresholds; try a lower --action-threshold")
+  if result.num_frames and result.seconds:
+    rate = result.num_frames / result.seconds
+    steps = "decoding, model, drawing" if result.video else "decoding, model"
+    print(f"  {result.num_frames} frames in {result.seconds:.1f} s: {rate:.1f} a second, ", end="")
+    print(f"{rate / result.fps:.2f} times as fast as they are shown ({steps})")
   for path in (result.csv, result.json, result.video, result.maps):
     if path:
       print(f"  {path}")
@@ -345,7 +397,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     prog="python -m vad_jax.predict", description="Finds the actions in videos and draws them."
   )
   parser.add_argument("--checkpoint", required=True, help="run directory, checkpoint, or `quickstart`")
-  parser.add_argument("--video", required=True, nargs="+", type=Path, help="any file that FFmpeg can decode")
+  parser.add_argument(
+    "--video",
+    required=True,
+    nargs="+",
+    help="files, of any kind that FFmpeg can decode; or one live source: the number of a camera, or a URL (rtsp, http, "
+    "tcp, udp, ...). Live, a line is printed for each keyframe; Ctrl-C ends it",
+  )
   parser.add_argument(
     "--boxes",
     help="people, for a system that classifies given ones: another system's run or checkpoint, or `quickstart`, which "
@@ -377,6 +435,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     help="drop boxes that overlap a better one by more than this IoU, 1 keeps all; default: %(default)s",
   )
   parser.add_argument("--batch-size", default=4, type=_count, help="clips at once; default: %(default)s")
+  parser.add_argument("--seconds", type=_positive, help="how long to watch a live source; default: until it ends")
   parser.add_argument("--no-video", action="store_true", help="write no annotated video")
   parser.add_argument(
     "--save-maps",
@@ -384,7 +443,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     help="write pictures (and arrays) of what the model sees where, for models that have such maps",
   )
   options = parser.parse_args(arguments)
-  stems = [video.stem for video in options.video]
+  is_live = [live.is_live(video) for video in options.video]
+  if any(is_live) and len(is_live) > 1:
+    parser.error("a live source is watched alone; run the others apart")
+  if any(is_live) and options.save_maps:
+    parser.error("--save-maps is for files; record the live source first")
+  if options.seconds and not any(is_live):
+    parser.error("--seconds is for live sources: cameras and URLs")
+  stems = [Path(video).stem for video in options.video]
   if twice := {stem for stem in stems if stems.count(stem) > 1}:
     parser.error(f"several videos are named {sorted(twice)[0]}: their results would replace each other; run them apart")
   return options

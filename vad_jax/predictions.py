@@ -110,6 +110,8 @@ class Prediction(NamedTuple):
     json: readable file of the same, or None.
     video: annotated mp4, or None.
     maps: folder of pictures and arrays of what the model sees where, or None; see `vad_jax.predict.predict_video`.
+    num_frames: how many the video has, as far as it says.
+    seconds: what the whole work took: decoding, model, drawing, writing; None where it was done before.
   """
 
   source: Path
@@ -122,6 +124,8 @@ class Prediction(NamedTuple):
   json: Path | None = None
   video: Path | None = None
   maps: Path | None = None
+  num_frames: int | None = None
+  seconds: float | None = None
 
 
 def write_csv(result: Prediction, path: Path) -> None:
@@ -297,23 +301,24 @@ def annotate(result: Prediction, path: Path, on_progress: Callable[[float], None
     for time, frame in stack.enter_context(contextlib.closing(watched(reader, "draw", on_progress))):
       while current + 1 < len(result.keyframes) and result.keyframes[current + 1].time <= time:
         current += 1
-      now, *then = result.keyframes[current : current + 2]
-      drawn = draw_keyframe(frame, now, _boxes_between(now, then[0], time) if then else now.boxes)
+      drawn = draw_between(time, frame, *result.keyframes[current : current + 2])
       if writer is None:
         writer = stack.enter_context(VideoWriter(path, size=drawn.shape[:2], fps=result.fps, audio_from=result.source))
       writer.write(drawn, time)
 
 
-def draw_keyframe(frame: np.ndarray, keyframe: KeyframeDetections, boxes: np.ndarray) -> np.ndarray:
-  """Draws the people of a keyframe, with these boxes, on an enlarged copy of a frame."""
-  captions = [[f"{action.name} {action.score:.2f}" for action in actions] for actions in keyframe.actions]
-  colors = [visualize.color_of(int(person) - 1) for person in keyframe.person]
+def draw_between(
+  time: float, frame: np.ndarray, now: KeyframeDetections, then: KeyframeDetections | None = None
+) -> np.ndarray:
+  """Draws the people of a keyframe on an enlarged copy of a frame between it and the next one.
+
+  Who is in both moves from the one box to the other; the others stay where they are, and actions what they are.
+  """
+  boxes = now.boxes
+  if then is not None:
+    boxes = boxes.copy()
+    _, here, there = np.intersect1d(now.person, then.person, return_indices=True)
+    boxes[here] += (time - now.time) / (then.time - now.time) * (then.boxes[there] - boxes[here])
+  captions = [[f"{action.name} {action.score:.2f}" for action in actions] for actions in now.actions]
+  colors = [visualize.color_of(int(person) - 1) for person in now.person]
   return visualize.draw_detections(visualize.upscale(frame), boxes, captions, colors)
-
-
-def _boxes_between(now: KeyframeDetections, then: KeyframeDetections, time: float) -> np.ndarray:
-  """Boxes of the people of one keyframe on the way to the next one: who is there, too, moves, the others stay."""
-  boxes = now.boxes.copy()
-  _, here, there = np.intersect1d(now.person, then.person, return_indices=True)
-  boxes[here] += (time - now.time) / (then.time - now.time) * (then.boxes[there] - boxes[here])
-  return boxes

@@ -26,10 +26,10 @@ import av
 import av.container
 import av.error
 import numpy as np
-from av.audio.resampler import AudioResampler
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from vad_jax import progress
+from vad_jax.datasets.sound import SoundCopy
 
 PathLike = str | os.PathLike[str]
 
@@ -424,7 +424,15 @@ class VideoWriter:
   so an odd one grows by a repeated row or column. The same frames give the same file on any number of cores.
   """
 
-  def __init__(self, path: PathLike, *, size: tuple[int, int], fps: float, audio_from: PathLike | None = None):
+  def __init__(
+    self,
+    path: PathLike,
+    *,
+    size: tuple[int, int],
+    fps: float,
+    audio_from: PathLike | None = None,
+    fragmented: bool = False,
+  ):
     """Starts a file.
 
     Args:
@@ -433,16 +441,21 @@ class VideoWriter:
       fps: frames a second.
       audio_from: a video whose sound is taken over, where it has any; time zero is its first frame, the end
         ours.
+      fragmented: the file is under its name from the start, stays there after an error, and can be played at any time
+        up to the last second or so.
 
     Raises:
       VideoError: the folder cannot be written.
     """
     self.path = Path(path)
     self.size = tuple(size)
-    self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+    self._fragmented = fragmented
+    self._partial = self.path if fragmented else self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+    flags = "+frag_keyframe+empty_moov+default_base_moof" if fragmented else "+faststart"
     try:
       self.path.parent.mkdir(parents=True, exist_ok=True)
-      self._container = av.open(os.fspath(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
+      options = {"movflags": flags, "flush_packets": "1"}
+      self._container = av.open(os.fspath(self._partial), "w", format="mp4", options=options)
     except OSError as error:
       raise VideoError(f"{path}: cannot be written ({error.strerror})") from None
     self._pts = -1
@@ -451,7 +464,7 @@ class VideoWriter:
     try:
       self._start(Fraction(fps).limit_denominator(1001))
       if audio_from is not None:
-        self._audio = _Audio(audio_from, self._container)
+        self._audio = _sound(audio_from, self._container)
     except BaseException:
       self._finish(keep=False)
       raise
@@ -460,7 +473,7 @@ class VideoWriter:
     return self
 
   def __exit__(self, exc_type, exc, traceback) -> None:
-    self._finish(keep=exc_type is None)
+    self._finish(keep=self._fragmented or exc_type is None)
 
   def write(self, frame: np.ndarray, time: float | None = None) -> None:
     """Adds a frame.
@@ -496,6 +509,8 @@ class VideoWriter:
     self._time_base = 1 / (rate * self._ticks)
     # x264's macroblock tree makes the same frames give different files now and then.
     options = {"crf": "20", "preset": "veryfast", "mbtree": "0"}
+    if self._fragmented:
+      options["g"] = str(math.ceil(rate))  # a fragment begins with each keyframe
     stream = self._container.add_stream("libx264", rate=rate, options=options)
     stream.height, stream.width = (side + side % 2 for side in self.size)
     stream.pix_fmt = "yuv420p"
@@ -516,85 +531,18 @@ class VideoWriter:
           self._audio.copy_until(float((self._pts + self._ticks) * self._time_base))
           self._audio.finish()
         self._container.close()
-        os.replace(self._partial, self.path)
+        os.replace(self._partial, self.path)  # which is nothing to do for fragments
     finally:
       if self._audio:
         self._audio.close()
       with contextlib.suppress(av.error.FFmpegError, OSError, ValueError):
         self._container.close()
-      self._partial.unlink(missing_ok=True)
+      if not (keep and self._fragmented):
+        self._partial.unlink(missing_ok=True)
 
 
-class _Audio:
-  """The sound of one file on its way into another: packets are copied where mp4 players know the codec, else
-  AAC."""
-
-  def __init__(self, path: PathLike, target: av.container.OutputContainer):
-    self._path = path
-    self._target = target
-    try:
-      self._source: av.container.InputContainer = av.open(os.fspath(path), metadata_errors="replace")
-    except (av.error.FFmpegError, OSError) as error:
-      raise VideoError(f"{path}: its sound cannot be read ({error.strerror})") from None
-    self._packets: Iterator[av.Packet] = iter(())
-    self._next: av.Packet | None = None
-    self._next_time = 0.0
-    self._resampler = None
-    if not self._source.streams.audio:
-      return
-    stream = self._source.streams.audio[0]
-    if stream.codec_context.codec.canonical_name in ("aac", "mp3"):
-      self._output = target.add_stream_from_template(stream)
-    else:
-      rate = min(stream.codec_context.sample_rate, 48_000)
-      self._output = target.add_stream("aac", rate=rate, layout="stereo")
-      self._output.codec_context.open()
-      self._resampler = AudioResampler("fltp", "stereo", rate, self._output.codec_context.frame_size)
-    self._time_base = stream.time_base or Fraction(1, av.time_base)
-    video = next(iter(self._source.streams.video), None)
-    start = video.start_time * video.time_base if video and video.start_time and video.time_base else 0
-    self._origin = round(start / self._time_base)
-    # Packets without a time stamp, and those before the first picture, have no place.
-    self._packets = (p for p in self._source.demux(stream) if p.pts is not None and p.pts >= self._origin)
-    self._advance()
-
-  def copy_until(self, time: float) -> None:
-    """Moves the sound that starts before a time."""
-    while self._next is not None and self._next_time < time:
-      try:
-        self._move(self._next)
-      except av.error.InvalidDataError:
-        logger.warning("%s: a damaged piece of sound was left out", self._path)
-      self._advance()
-
-  def finish(self) -> None:
-    """Writes what the encoder still holds."""
-    if self._resampler:
-      self._encode(self._resampler.resample(None))
-      self._target.mux(self._output.encode(None))
-
-  def close(self) -> None:
-    self._source.close()
-
-  def _advance(self) -> None:
-    try:
-      self._next = next(self._packets, None)
-    except av.error.FFmpegError:
-      logger.warning("%s: the sound ends early, the file is damaged", self._path)
-      self._next = None
-    if self._next is not None:
-      self._next.pts = (self._next.pts or 0) - self._origin
-      self._next.dts = self._next.pts
-      self._next_time = float(self._next.pts * self._time_base)
-
-  def _move(self, packet: av.Packet) -> None:
-    if self._resampler is None:
-      packet.stream = self._output
-      self._target.mux(packet)
-      return
-    for frame in packet.decode():
-      self._encode(self._resampler.resample(frame))
-
-  def _encode(self, frames: list) -> None:
-    for frame in frames:
-      self._target.mux(self._output.encode(frame))
+def _sound(path: PathLike, target: av.container.OutputContainer) -> SoundCopy:
+  try:
+    return SoundCopy(path, target)
+  except (av.error.FFmpegError, OSError) as error:
+    raise VideoError(f"{path}: its sound cannot be read ({error.strerror})") from None
