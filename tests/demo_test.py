@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -79,6 +80,9 @@ def address(samples: list[Path]) -> Iterator[str]:
       yield url
 
 
+expect.set_options(timeout=60_000)  # nothing of what is expected takes long, but for a busy machine
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
   chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -92,7 +96,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser, address: str) -> Iterator[Page]:
   with browser.new_context(viewport=WIDE, accept_downloads=True) as context:
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(60_000)
     yield open_page(page, address)
 
 
@@ -104,12 +108,12 @@ def open_page(page: Page, address: str) -> Page:
 
 def upload(page: Page, path: Path, says: str) -> None:
   page.set_input_files("#video input[type=file]", path)
-  expect(page.locator("#status")).to_contain_text(says, timeout=15_000)
+  expect(page.locator("#status")).to_contain_text(says)
 
 
 def find(page: Page, says: str) -> None:
   page.click("#find")
-  expect(page.locator("#status")).to_contain_text(says, timeout=50_000)
+  expect(page.locator("#status")).to_contain_text(says)
 
 
 def test_quickstart_from_upload_to_download(browser, address, tmp_path):
@@ -155,7 +159,7 @@ def test_attention_and_thresholds(page, samples):
     patch.setattr(predict, "predict_video", None)  # the model does not run again
     page.fill("#person input[type=number]", "0.3")
     page.keyboard.press("Tab")
-    expect(page.locator("#status")).to_contain_text("Drawn again: 2 people, 2 kinds", timeout=15_000)
+    expect(page.locator("#status")).to_contain_text("Drawn again: 2 people, 2 kinds")
   pictures = []
   for person, name in ((1, "look <left>"), (2, "look right")):
     page.get_by_role("group", name=f"Person {person}").locator(".tl-part").click()
@@ -195,7 +199,7 @@ def test_keyboard(page):
   expect(page.locator("#status")).to_contain_text("6.0 s")
   page.locator("#find").focus()
   page.keyboard.press("Space")
-  expect(page.locator("#status")).to_contain_text("Done", timeout=30_000)
+  expect(page.locator("#status")).to_contain_text("Done")
   page.locator(".tl-what").focus()
   page.keyboard.press("Tab")
   page.keyboard.press("Enter")
@@ -211,19 +215,20 @@ def test_keyboard(page):
 def test_cancel_and_queue(page, browser, address, monkeypatch):
   real, shares = predict.predict_video, []
 
-  def slowly(*arguments, on_progress, **options):
-    def wait(share):
-      time.sleep(0.1)
+  def held(*arguments, on_progress, **options):
+    def hold(share):
       shares.append(share)
-      on_progress(share)
+      for _ in range(2400 if share > 0.1 else 1):  # two minutes, or until it is cancelled
+        time.sleep(0.05)
+        on_progress(share)
 
-    return real(*arguments, on_progress=wait, **options)
+    return real(*arguments, on_progress=hold, **options)
 
   upload(page, SAMPLE, "6.0 s")
   with browser.new_context(viewport=WIDE) as context:
     other = open_page(context.new_page(), address)
     upload(other, SAMPLE, "6.0 s")
-    monkeypatch.setattr(predict, "predict_video", slowly)
+    monkeypatch.setattr(predict, "predict_video", held)
     page.click("#find")
     expect(page.locator("#result")).to_contain_text("s left")
     other.click("#find")
@@ -232,11 +237,8 @@ def test_cancel_and_queue(page, browser, address, monkeypatch):
     page.click("#cancel")
     expect(page.locator("#status")).to_contain_text("Cancelled")
     expect(page.locator("#cancel")).to_be_disabled()
-    expect(other.locator("#status")).to_contain_text("Done", timeout=30_000)
-    count = len(shares)
-    assert shares[-1] < 1
-  time.sleep(0.5)
-  assert len(shares) == count  # nothing went on
+    expect(other.locator("#status")).to_contain_text("Done")
+  assert 0.1 < shares[-1] < 0.2  # it went no further
   assert page.locator(".tl").count() == 0
   find(page, "Done")  # again
 
@@ -348,11 +350,11 @@ def test_timeline_joins_what_follows_without_a_gap():
   assert [(part.start, part.end, part.score) for part in person.rows[0].segments] == [(0, 2, 0.5), (3, 4.5, 0.5)]
 
 
-@pytest.mark.parametrize(
-  ("arguments", "says"),
-  [(["--checkpoint", "nowhere"], "error: nowhere"), (["--port", "1", "--host", "no.such.host.invalid"], "error: ")],
-)
-def test_what_cannot_be_served_is_one_line(arguments, says, capsys):
-  assert main(arguments) == 1
-  lines = capsys.readouterr().err.strip().splitlines()
-  assert lines[-1].startswith(says)
+def test_what_cannot_be_served_is_one_line(monkeypatch, capsys):
+  assert main(["--checkpoint", "nowhere"]) == 1
+  monkeypatch.setattr(checkpoint, "load_model", lambda name: LOOKER)
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    assert main(["--port", str(taken.getsockname()[1])]) == 1
+  errors = capsys.readouterr().err.strip().splitlines()
+  assert len(errors) == 2 and all(error.startswith("error: ") for error in errors)
+  assert "no such checkpoint" in errors[0] and "port" in errors[1]
