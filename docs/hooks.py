@@ -1,7 +1,7 @@
 """Makes pages of files that live elsewhere in the repository, so that nothing is written twice.
 
 Links in all pages are those of the repository, which work on its web page as well. Here they lead to the page that a
-file became; where a file is no page, only the text of the link stays.
+file became, or to a copy of the file where it is none; of links to folders, only the text stays.
 """
 
 import posixpath
@@ -19,7 +19,6 @@ PAGES = {
   "data/README.md": "data.md",
 }
 _ORIGINS = {page: source for source, page in PAGES.items()}
-_PICTURES = (".png", ".jpg", ".gif", ".svg")
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -37,17 +36,18 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
   def replace(link: re.Match[str]) -> str:
     text, target, anchor = link[1], link[2], link[3] or ""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
+    if (ROOT / path).is_dir():
+      return text or link[0]
     if not (ROOT / path).exists():
       return link[0]  # to be refused as a broken link
     if path in PAGES:
       path = PAGES[path]
     elif path.startswith("docs/"):
       path = path.removeprefix("docs/")
-    elif path.endswith(_PICTURES):
-      if not files.get_file_from_path(path):
-        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
-    else:
-      return text
-    return f"[{text}]({posixpath.relpath(path, posixpath.dirname(here) or '.')}{anchor})"
+    elif not files.get_file_from_path(path):
+      files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    start = "" if text is None else f"[{text}"
+    return f"{start}]({posixpath.relpath(path, posixpath.dirname(here) or '.')}{anchor})"
 
-  return re.sub(r"\[([^\]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)", replace, markdown)
+  # The text is missing where it is a picture, whose own link was met before.
+  return re.sub(r"(?:\[([^\[\]]*))?\]\(([^)#:\s]+)(#[^)\s]*)?\)", replace, markdown)
