@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +177,7 @@ def test_fiftyone(result, times):
 
 def test_missing_packages_are_named(result, monkeypatch):
   for package, convert in (("supervision", interchange.to_supervision), ("fiftyone", interchange.to_fiftyone)):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=f"{package} is not installed; pip install {package}"):
       convert(result)
 
@@ -252,6 +254,19 @@ def test_cvat_tracks_end_where_people_are_missed(tmp_path, result, times):
     str(frames[2] + int(1.5 * np.median(np.diff([*frames[:3], frames[5]])))),
     "1",
   )  # not up to 2.5 s
+
+
+def test_cvat_of_cvat_itself(tmp_path):
+  """An archive, in which most boxes are interpolated, and tracks count from 0."""
+  sample = Path(__file__).parents[1] / "data" / "sample"
+  xml = sample / "exports" / "cvat" / "easy_val_00000.xml"
+  with zipfile.ZipFile(tmp_path / "task.zip", "w") as archive:
+    archive.write(xml, "annotations.xml")
+  found = interchange.read(tmp_path / "task.zip", sample / "videos" / "val" / "easy_val_00000.mp4")
+  tracks = list(ElementTree.parse(xml).iter("track"))
+  drawn = {int(box.get("frame", "")) for box in ElementTree.parse(xml).iterfind("track/box[@keyframe='1']")}
+  assert {round(k.time * 25) for k in found.keyframes} == drawn and 0 < len(drawn) < 30
+  assert sorted(set().union(*(k.person.tolist() for k in found.keyframes))) == [int(t.get("id")) + 1 for t in tracks]
 
 
 def test_corrections_in_cvat_are_trained_on(tmp_path):

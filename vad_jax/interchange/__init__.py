@@ -20,6 +20,7 @@ What survives the way there and back, besides names of classes, which AVA leaves
 
 CVAT has no keyframes without anybody; AVA has none without an action, nor people without one. Tubes, and scores of
 actions that were not reported, are nowhere.
+
 Frames are those of the video itself, found by their time stamps, so that variable frame rates are right.
 """
 

@@ -13,8 +13,8 @@ def write_coco(result: Prediction, path: PathLike, label_map: LabelMap | None = 
   """Writes COCO JSON with ``videos``, ``video_id`` and ``frame_id`` (from 0), which annotation and tracking tools read.
 
   A person is one annotation of the category "person", with ``score``, ``track_id`` (``instance_id`` is the same), a
-  checkbox among the ``attributes`` for each action, and, beside what others read, ``action_scores`` by name. An image
-  stands for each keyframe, with anybody or not; ``action_categories`` lists the actions with their ids.
+  checkbox among the ``attributes`` for each action that is done, and, beside what others read, ``action_scores`` by
+  name. An image stands for each keyframe, with anybody or not; ``action_categories`` lists the actions with their ids.
 
   Args:
     result: what to write; its video has to be there.
