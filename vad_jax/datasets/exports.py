@@ -105,9 +105,7 @@ def read(
   return Export(name, list(dict.fromkeys(files)), label_map, videos, notes)
 
 
-def parse(
-  kind: str, document: Document, classes: Classes, problems: Problems, *, keep_idle: bool = False
-) -> Parsed:
+def parse(kind: str, document: Document, classes: Classes, problems: Problems, *, keep_idle: bool = False) -> Parsed:
   """Reads one file of a known format.
 
   Args:
