@@ -50,7 +50,7 @@ def serve(checkpoints: Sequence[str], *, host: str, port: int | None, limits: Li
   with tempfile.TemporaryDirectory(prefix="vad_jax_demo_", ignore_cleanup_errors=True) as folder:
     os.environ["GRADIO_TEMP_DIR"] = folder
     sessions = Sessions(Path(folder))
-    gr.set_static_paths(samples)
+    gr.set_static_paths([*samples])
     blocks = page.build(page.Actions(systems, sessions, limits), list(systems), samples, limits)
     try:
       _, url, _ = blocks.launch(
