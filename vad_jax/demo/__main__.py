@@ -78,10 +78,10 @@ def serve(checkpoints: Sequence[str], *, host: str, port: int | None, limits: Li
 def main(arguments: list[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
   options = _parse(arguments)
-  signal.signal(signal.SIGTERM, signal.default_int_handler)  # files are removed then, too
   limits = Limits(options.max_seconds, options.max_megabytes)
   try:
     with serve(options.checkpoint, host=options.host, port=options.port, limits=limits) as url:
+      signal.signal(signal.SIGTERM, signal.default_int_handler)  # files are removed then, too
       print(f"Open {url} (Ctrl-C stops)", flush=True)
       threading.Event().wait()
   except ModuleNotFoundError as error:
