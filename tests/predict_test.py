@@ -1,8 +1,10 @@
 """Prediction on video files, with a stand-in model whose answers say which frames it was shown."""
 
 import json
+import re
 import subprocess
 import sys
+import tracemalloc
 import weakref
 from pathlib import Path
 
@@ -165,7 +167,7 @@ def checkpoint_of_evad(tmp_path_factory):
   return directory
 
 
-def test_a_real_model_finds_what_it_finds_in_evaluation(checkpoint_of_evad, ramp, tmp_path):
+def test_a_real_model_finds_what_it_finds_in_evaluation(checkpoint_of_evad, ramp, tmp_path, capsys):
   times = [0.0, 1.0, 2.0, 3.0]
   empty = np.zeros((0, 4), np.float32), np.zeros((0, 3), np.float32), np.zeros(0, np.int64)
   dataset = KeyframeDataset(
@@ -180,6 +182,9 @@ def test_a_real_model_finds_what_it_finds_in_evaluation(checkpoint_of_evad, ramp
 
   arguments = ["--video", str(ramp), "--output-dir", str(tmp_path), "--actor-threshold", "0", "--no-video"]
   assert predict.main(["--checkpoint", str(checkpoint_of_evad), *arguments]) == 0
+  assert re.search(
+    r"120 frames in [\d.]+ s: [\d.]+ a second, [\d.]+ times as fast as they are", capsys.readouterr().out
+  )
   found = json.loads((tmp_path / "ramp_detections.json").read_text())["keyframes"]
   assert [keyframe["time"] for keyframe in found] == times
   for row, keyframe in enumerate(found):
@@ -428,6 +433,30 @@ def test_memory_does_not_grow_with_length():
   for _ in detect.clips(stream(), np.arange(-8, 8) * 4 / 30, 1.0):
     pass
   assert 0 < most < 120  # the clip's two seconds and what comes before its keyframe
+
+
+def test_a_long_prediction_is_linked_and_written_in_little_memory(tmp_path):
+  """Each of a minute's frames has a person with two actions; a dictionary of all would take several times as much."""
+  random = np.random.default_rng(0)
+  boxes = np.array([[0.1, 0.1, 0.4, 0.6]], np.float32)
+  actions = [[predictions.Action(1, "walk", 0.9), predictions.Action(7, "wave", 0.8)]]
+  empty = np.zeros((1, 0), np.float32)
+  keyframes = [
+    predictions.KeyframeDetections(
+      *(index / FPS, boxes + random.normal(0, 0.005, (1, 4)).astype(np.float32), np.ones(1, np.float32), empty),
+      *(actions, np.ones(1, np.int32)),
+    )
+    for index in range(1800)
+  ]
+  result = predictions.Prediction(tmp_path / "x.mp4", (64, 80), FPS, 0, keyframes)
+  tracemalloc.start()
+  result = result._replace(tubes=predict._link(result))
+  predictions.write_json(result, tmp_path / "x.json", {"model": {"name": "m"}, "step": 1, "clip": {}}, {})
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert [(tube.action.name, len(tube.times)) for tube in result.tubes] == [("walk", 1800), ("wave", 1800)]
+  assert peak < 4e6
+  assert len(predictions.read_json(tmp_path / "x.json").tubes) == 2
 
 
 @pytest.mark.parametrize(

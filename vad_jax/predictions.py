@@ -1,11 +1,12 @@
 """What was found in a video: as AVA's CSV, as JSON, and drawn on its frames."""
 
 import contextlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import av
 import jax
@@ -175,21 +176,28 @@ def write_json(result: Prediction, path: Path, info: dict[str, Any], settings: d
       "ffmpeg": av.ffmpeg_version_info,
     },
     "boxes": "x1, y1, x2, y2 in [0, 1] of the frame",
-    "keyframes": [keyframe_as_json(keyframe) for keyframe in result.keyframes],
   }
-  if result.tubes is not None:
-    content["tubes"] = [
-      {
-        "id": number,
-        "action": _action(tube.action),
-        "boxes": [
-          {"time": round(float(time), 6), "box": _rounded(box)}
-          for time, box in zip(tube.times, tube.boxes, strict=True)
-        ],
-      }
-      for number, tube in enumerate(result.tubes, 1)
-    ]
-  path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+  with path.open("w", encoding="utf-8") as file:
+    file.write(json.dumps(content, indent=1, ensure_ascii=False).removesuffix("\n}"))
+    _write_list(file, "keyframes", map(keyframe_as_json, result.keyframes))
+    if result.tubes is not None:
+      _write_list(file, "tubes", itertools.starmap(_tube_as_json, enumerate(result.tubes, 1)))
+    file.write("\n}\n")
+
+
+def _write_list(file: TextIO, name: str, items: Iterable[Any]) -> None:
+  """Adds a list to an object, an item a line: of a long video they would take much memory together."""
+  file.write(f',\n "{name}": [')
+  for number, item in enumerate(items):
+    file.write((",\n  " if number else "\n  ") + json.dumps(item, ensure_ascii=False))
+  file.write("\n ]")
+
+
+def _tube_as_json(number: int, tube: ActionTube) -> dict[str, Any]:
+  boxes = [
+    {"time": round(float(time), 6), "box": _rounded(box)} for time, box in zip(tube.times, tube.boxes, strict=True)
+  ]
+  return {"id": number, "action": _action(tube.action), "boxes": boxes}
 
 
 def keyframe_as_json(keyframe: KeyframeDetections) -> dict[str, Any]:
