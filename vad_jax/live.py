@@ -210,7 +210,7 @@ class LiveReport(NamedTuple):
 
   Attributes:
     seconds: how long it was watched.
-    frames: how many came.
+    frames: how many came, also while the model was compiled.
     drawn: how many of them are in the annotated video.
     keyframes: how many were answered.
     skipped: keyframes (of a model for tubes: frames) between these that were not answered for want of time.
