@@ -39,6 +39,7 @@ ALLOWED = {
   "person_boxes": {"datasets", "ops"},
   "detect": {"datasets", "person_boxes"},
   "predictions": {"datasets", "ops", "person_boxes", "visualize"},
+  "export": {"checkpoint", "datasets"},
   "live": {"checkpoint", "datasets", "detect", "person_boxes", "predictions"},
   "predict": {"checkpoint", "datasets", "detect", "live", "metrics", "person_boxes", "predictions", "visualize"},
   "demo": {"checkpoint", "datasets", "person_boxes", "predict", "predictions", "visualize"},
@@ -50,7 +51,7 @@ ALLOWED = {
 # Packages that only these modules may import.
 KEPT_IN = {
   "clu": {"logs"},
-  "tensorflow": {"logs", "weight_files"},
+  "tensorflow": {"export", "logs", "weight_files"},
   "safetensors": {"weight_files"},
   "orbax": {"checkpoint"},
   "grain": {"datasets/loader"},

@@ -1,0 +1,116 @@
+"""Exported models, run in processes that know nothing of this library."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.seeded import fill
+from vad_jax import checkpoint, export, models
+
+SYSTEMS = {
+  "evad": ("evad_vitb", "tiny"),
+  "class_query": ("class_query_vitb", "tiny"),
+  "tubes": ("class_query_vitb", "tiny,tubes"),
+  "bmvit": ("bmvit_mvitv2s", "tiny"),
+  "action_transformer": ("action_transformer_i3d", "tiny"),
+  "st_context": ("st_context_slowfast_r50", "tiny"),
+}
+PEOPLE = 3
+CLIPS = 2
+
+JAX_ALONE = """
+import sys, pathlib, numpy as np
+from jax import export
+
+for name in sys.argv[2:]:
+  folder = pathlib.Path(sys.argv[1])
+  program = export.deserialize((folder / f"{name}.stablehlo").read_bytearray())
+  np.savez(folder / f"{name}_stablehlo.npz", **program.call(dict(np.load(folder / f"{name}_inputs.npz"))))
+assert not {"vad_jax", "flax"} & set(sys.modules)
+""".replace("read_bytearray()", "read_bytes()")
+
+TENSORFLOW_ALONE = """
+import sys, pathlib, numpy as np, tensorflow as tf
+
+for name in sys.argv[2:]:
+  folder = pathlib.Path(sys.argv[1])
+  detect = tf.saved_model.load(str(folder / f"{name}.saved_model")).signatures["serving_default"]
+  found = detect(**{key: tf.constant(value) for key, value in np.load(folder / f"{name}_inputs.npz").items()})
+  np.savez(folder / f"{name}_saved_model.npz", **{key: value.numpy() for key, value in found.items()})
+assert not {"vad_jax", "jax"} & set(sys.modules)
+"""
+
+
+def load(system: str) -> checkpoint.Loaded:
+  """A small model with weights that are not those of its beginning, as if from a checkpoint."""
+  module, argument = SYSTEMS[system]
+  config = importlib.import_module(f"configs.{module}").get_config(argument)
+  kwargs = {**config.model.to_dict(), "num_classes": 5}
+  graphdef, params, rest = checkpoint.split_model(nnx.eval_shape(lambda: models.build(**kwargs, rngs=nnx.Rngs(0))))
+  params = jax.tree.map_with_path(lambda path, x: fill(jax.tree_util.keystr(path), x.shape[::-1]).T, params)
+  rest = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), rest)
+  model = nnx.view(nnx.merge(graphdef, params, rest), raise_if_not_found=False, deterministic=True)
+  stretched = config.resize == "stretch"
+  info = {"model": kwargs, "clip": config.clip.to_dict(), "canvas": list(config.canvas)}
+  info |= {"short_side": None if stretched else config.short_side, "label_map": {1: "stand", 5: "wave"}}
+  return checkpoint.Loaded(model, info)
+
+
+def inputs_of(loaded: checkpoint.Loaded) -> dict[str, np.ndarray]:
+  """Two clips, the second one with padding."""
+  random = np.random.default_rng(0)
+  height, width = loaded.info["canvas"]
+  video = random.integers(0, 256, (CLIPS, loaded.info["clip"]["num_frames"], height, width, 3), np.uint8)
+  video[1, :, :, width - 16 :] = 0
+  inputs = {"video": video, "video_size": np.array([[height, width], [height, width - 16]], np.int32)}
+  if hasattr(loaded.model, "takes_proposals"):
+    corners = random.uniform(0, 0.5, (CLIPS, PEOPLE, 2))
+    inputs["proposals"] = np.concatenate([corners, corners + 0.4], -1).astype(np.float32)
+    inputs["proposal_mask"] = np.arange(PEOPLE) < np.array([[2], [PEOPLE]])
+    inputs["proposal_score"] = random.uniform(size=(CLIPS, PEOPLE)).astype(np.float32)
+  return inputs
+
+
+def run_alone(program: str, folder: Path) -> None:
+  """Runs a program in a fresh process from which the library cannot be imported."""
+  names = [str(folder), *SYSTEMS]
+  done = subprocess.run([sys.executable, "-c", program, *names], cwd=folder, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  """A folder with all systems in all formats, their inputs, and what the models and the files answer."""
+  folder = tmp_path_factory.mktemp("exported")
+  for system in SYSTEMS:
+    loaded = load(system)
+    inputs = inputs_of(loaded)
+    np.savez(folder / f"{system}_inputs.npz", **inputs)
+    batch = inputs | {"key": np.zeros(CLIPS, np.int32)}
+    found = nnx.jit(lambda model, batch: model.detections(model(batch), batch))(loaded.model, batch)
+    np.savez(folder / f"{system}_expected.npz", **found._asdict())
+    for form in export.FORMATS:
+      export.export_model(loaded, form, folder / f"{system}.{form}", people=PEOPLE)
+  run_alone(JAX_ALONE, folder)
+  run_alone(TENSORFLOW_ALONE, folder)
+  return folder
+
+
+@pytest.mark.parametrize("form", export.FORMATS)
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_files_detect_what_the_model_detects(exported, system, form):
+  expected, found = (np.load(exported / f"{system}_{name}.npz") for name in ("expected", form))
+  assert set(found) == set(expected)
+  for name in expected:
+    assert found[name].dtype == expected[name].dtype
+    print(system, form, name, np.abs(found[name].astype(float) - expected[name].astype(float)).max())
+    np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=export.TOLERANCE, err_msg=name)
