@@ -8,11 +8,12 @@
 behind, stands what a caller has to know: names, shapes and types of inputs and outputs, how clips are cut and frames
 are prepared, the class names, and how far from the original the numbers may be.
 
-Height and width are fixed, the number of clips in a batch is not, unless ``--batch`` fixes it. The program is that
-of one clip, mapped over the batch, so that clips cannot know of each other.
+Height and width are fixed. The number of clips in a batch is open, and they are run one after the other, unless
+``--batch`` fixes it: then they are run at once.
 """
 
 import argparse
+import functools
 import json
 import re
 import signal
@@ -26,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import export as jax_export
+from jax.extend.mlir.dialects import stablehlo
 
 from vad_jax import __version__, checkpoint
-from vad_jax.batch import Batch, Detections
 from vad_jax.datasets.loader import ClipSpec
 
 Arrays = dict[str, Any]
@@ -56,14 +57,23 @@ class Program(NamedTuple):
   """What is exported.
 
   Attributes:
-    run: of weights and inputs by name, with a batch axis; returns the fields of `Detections` by name.
+    exported: what ``jax.export`` made of the model: a function of weights, and of inputs by name, which returns the
+      fields of `Detections` by name. All inputs and outputs have a batch axis.
     weights: pytree of arrays.
-    inputs: shapes and types by name; the first axis is the batch.
   """
 
-  run: Callable[[Any, Arrays], Arrays]
+  exported: jax_export.Exported
   weights: Any
-  inputs: dict[str, jax.ShapeDtypeStruct]
+
+  @property
+  def inputs(self) -> Arrays:
+    """Shapes and types by name."""
+    return jax.tree.unflatten(self.exported.in_tree, self.exported.in_avals)[0][1]
+
+  @property
+  def outputs(self) -> Arrays:
+    """Shapes and types by name."""
+    return jax.tree.unflatten(self.exported.out_tree, self.exported.out_avals)
 
 
 def export_model(
@@ -98,27 +108,28 @@ def export_model(
     if path.exists():
       raise FileExistsError(f"{path}: exists already; remove it or choose another --output")
   canvas = _canvas(loaded.info, size)
-  program = make_program(loaded, canvas, batch, people)
-  outputs = jax.eval_shape(program.run, program.weights, program.inputs)
   output.parent.mkdir(parents=True, exist_ok=True)
+  program = make_program(loaded, canvas, batch=batch, people=people)
   FORMATS[form](program, output)
-  text = json.dumps(describe(loaded.info, form, program.inputs, outputs), indent=2, ensure_ascii=False)
+  text = json.dumps(describe(loaded.info, form, program), indent=2, ensure_ascii=False)
   description.write_text(text + "\n", encoding="utf-8")
   return description
 
 
-def make_program(loaded: checkpoint.Loaded, canvas: tuple[int, int], batch: int | None, people: int) -> Program:
-  """Makes the program of a model; arguments as in `export_model`."""
+def make_program(
+  loaded: checkpoint.Loaded, canvas: tuple[int, int], *, batch: int | None = None, people: int = 32
+) -> Program:
+  """Traces a model for frames of a height and width; the other arguments are those of `export_model`."""
   graphdef, *weights = checkpoint.split_model(loaded.model)
 
-  def detect(weights: Any, clip: Arrays) -> Arrays:
+  def detect(weights: Any, inputs: Arrays) -> Arrays:
     model = nnx.merge(graphdef, *weights)
-    one: Any = jax.tree.map(lambda x: x[None], {**clip, "key": jnp.int32(0)})
-    found: Detections = model.detections(model(one), one)
-    return jax.tree.map(lambda x: x[0], found._asdict())
+    clips: Any = {**inputs, "key": jnp.zeros(len(inputs["video"]), jnp.int32)}
+    return model.detections(model(clips), clips)._asdict()
 
-  def run(weights: Any, inputs: Arrays) -> Arrays:
-    return jax.vmap(detect, in_axes=(None, 0))(weights, inputs)
+  def detect_one_by_one(weights: Any, inputs: Arrays) -> Arrays:
+    batches_of_one = jax.tree.map(lambda x: x[:, None], inputs)
+    return jax.tree.map(lambda x: x[:, 0], jax.lax.map(functools.partial(detect, weights), batches_of_one))
 
   shapes = {"video": ((loaded.info["clip"]["num_frames"], *canvas, 3), jnp.uint8), "video_size": ((2,), jnp.int32)}
   if getattr(loaded.model, "takes_proposals", False):
@@ -129,12 +140,14 @@ def make_program(loaded: checkpoint.Loaded, canvas: tuple[int, int], batch: int 
     }
   clips = batch or jax_export.symbolic_shape("batch")[0]
   inputs = {name: jax.ShapeDtypeStruct((clips, *shape), dtype) for name, (shape, dtype) in shapes.items()}
-  return Program(run, weights, inputs)
+  # Models count the clips of a batch, which a symbol does not allow; nor do all operations of TensorFlow's XLA.
+  run = jax.jit(detect if batch else detect_one_by_one)
+  return Program(jax_export.export(run, platforms=PLATFORMS)(weights, inputs), weights)
 
 
-def describe(info: checkpoint.Info, form: str, inputs: Arrays, outputs: Arrays) -> dict[str, Any]:
+def describe(info: checkpoint.Info, form: str, program: Program) -> dict[str, Any]:
   """Says what a caller of an exported model has to know, see the module's docstring."""
-  clip, (height, width) = info["clip"], inputs["video"].shape[2:4]
+  clip, (height, width) = info["clip"], program.inputs["video"].shape[2:4]
   side = info["short_side"]
   return {
     "format": form,
@@ -142,8 +155,8 @@ def describe(info: checkpoint.Info, form: str, inputs: Arrays, outputs: Arrays) 
     "model": info["model"],
     **{key: info[key] for key in ("source", "licence", "sha256") if key in info},
     "versions": {"vad_jax": __version__, "jax": jax.__version__},
-    "inputs": _describe_arrays(inputs),
-    "outputs": _describe_arrays(outputs),
+    "inputs": _describe_arrays(program.inputs),
+    "outputs": _describe_arrays(program.outputs),
     "label_map": info["label_map"],
     "clip": {**clip, "seconds_from_keyframe": ClipSpec(**clip).times(0.0).round(6).tolist()},
     "preprocessing": [
@@ -164,32 +177,41 @@ def write_stablehlo(program: Program, output: Path) -> None:
   size = sum(x.nbytes for x in jax.tree.leaves(program.weights))
   if size > _LARGEST_STABLEHLO:
     raise ValueError(f"{size / 1e9:.1f} GB of weights do not fit a StableHLO file (2 GB); use --format saved_model")
-  whole = jax.jit(lambda inputs: program.run(program.weights, inputs))
+  whole = jax.jit(lambda inputs: program.exported.call(program.weights, inputs))
   output.write_bytes(jax_export.export(whole, platforms=PLATFORMS)(program.inputs).serialize())
 
 
 def write_saved_model(program: Program, output: Path) -> None:
   """Writes a SavedModel whose signature ``serving_default`` has the names of inputs and outputs."""
   import tensorflow as tf
-  from jax.experimental import jax2tf
+  from tensorflow.compiler.tf2xla.python import xla
 
-  clips = program.inputs["video"].shape[0]
-  specs = {
-    name: tf.TensorSpec([clips if isinstance(clips, int) else None, *x.shape[1:]], x.dtype, name=name)
-    for name, x in program.inputs.items()
-  }
-  weights = jax.tree.map(lambda x: tf.Variable(np.asarray(x), trainable=False), program.weights)
-  run = jax2tf.convert(
-    program.run,
-    polymorphic_shapes=[None, f"({clips}, ...)"],
-    with_gradient=False,
-    native_serialization_platforms=PLATFORMS,
-  )
+  exported = program.exported
+  # TensorFlow is older than JAX, and reads the StableHLO of its own time.
+  version = stablehlo.get_version_from_compatibility_requirement(stablehlo.StablehloCompatibilityRequirement.WEEK_12)
+  code = stablehlo.deserialize_portable_artifact_str(exported.mlir_module_serialized)
+  code = stablehlo.serialize_portable_artifact_str(code, version)
+
+  def tf_shape(x: Any) -> list[int | None]:
+    return [n if isinstance(n, int) else None for n in x.shape]
+
+  def detect(**given: Any) -> dict[str, Any]:
+    arguments = [*module.weights, *jax.tree.leaves(given)]
+    found = xla.call_module(
+      [arguments[index] for index in exported.module_kept_var_idx],
+      version=exported.calling_convention_version,
+      module=code,
+      Sout=[tf_shape(x) for x in exported.out_avals],
+      Tout=[x.dtype for x in exported.out_avals],
+      platforms=[platform.upper() for platform in exported.platforms],
+    )
+    return jax.tree.unflatten(exported.out_tree, found)
+
   module = tf.Module()
-  module.weights = jax.tree.leaves(weights)  # what is not an attribute is not saved
-  module.detect = tf.function(lambda **inputs: run(weights, inputs), autograph=False)
-  signatures = {"serving_default": module.detect.get_concrete_function(**specs)}
-  tf.saved_model.save(module, str(output), signatures=signatures)
+  module.weights = [tf.Variable(np.asarray(x), trainable=False) for x in jax.tree.leaves(program.weights)]
+  module.detect = tf.function(detect, autograph=False)
+  specs = {name: tf.TensorSpec(tf_shape(x), x.dtype, name=name) for name, x in program.inputs.items()}
+  tf.saved_model.save(module, str(output), signatures={"serving_default": module.detect.get_concrete_function(**specs)})
 
 
 FORMATS: dict[str, Callable[[Program, Path], None]] = {
