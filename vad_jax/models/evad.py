@@ -383,7 +383,7 @@ class Places:
     count = max(count, self.protected)
     if count < x.shape[1]:
       ranked = jnp.where(self.mask, importance, -1)[:, self.protected :]
-      order = jax.lax.top_k(ranked, ranked.shape[1])[1] + self.protected
+      order = jnp.argsort(-ranked, axis=1) + self.protected  # top_k would gather the batch from all devices
       first = jnp.broadcast_to(jnp.arange(self.protected), (len(x), self.protected))
       order = jnp.concatenate([first, order], axis=1)
       stream = (x, self.place, self.mask)
@@ -406,7 +406,7 @@ class Places:
   def restore(self, x: Array, slots: Array, fill: Array) -> Array:
     """Puts tokens ``[B, n, C]`` into their slots of the whole sequence ``[B, N, C]``, ``fill`` elsewhere."""
     full = jnp.broadcast_to(fill, (x.shape[0], self.total, x.shape[-1]))
-    return full.at[jnp.arange(x.shape[0])[:, None], slots].set(x)
+    return jax.vmap(lambda row, slot, tokens: row.at[slot].set(tokens))(full, slots, x)
 
   def keyframe_map(self, x: Array) -> Array:
     """Tokens of the keyframe ``[B, h, w, C]``; zeros where they were dropped."""
