@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs import quickstart
 from tests import stand_in
-from vad_jax import annotations, checkpoint, describe, main, models, sharding, train
+from vad_jax import annotations, checkpoint, describe, logs, main, models, sharding, train
 from vad_jax.datasets.loader import eval_batches
 from vad_jax.metrics import score
 
@@ -72,6 +72,9 @@ def test_train_and_evaluate(config: ConfigDict, tmp_path: Path, capsys: Any) -> 
   )
   assert logged.SummaryMetadata("eval/found").plugin_data.plugin_name == "images"
   assert "_hparams_/session_start_info" in logged.PluginTagToContent("hparams")
+  scalars = logs.read_scalars(workdir / "logs")
+  assert [step for step, _ in scalars["train/loss"]] == [1, 2, 3, 4]
+  assert scalars["eval/frame_map_50"][-1] == (4, pytest.approx(numbers["frame_map_50"]))
   assert f"report: {workdir / 'report.html'}\n" in capsys.readouterr().out
   assert checkpoint.load_model(workdir).info["clip"] == config.clip.to_dict()
 

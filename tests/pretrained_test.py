@@ -11,13 +11,13 @@ from vad_jax.ops.boxes import iou
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 
 
-@pytest.fixture(scope="module")
-def quickstart() -> checkpoint.Loaded:
-  return checkpoint.load_model("quickstart")
+@pytest.fixture(scope="module", params=["quickstart", "quickstart_class_query"])
+def quickstart(request) -> checkpoint.Loaded:
+  return checkpoint.load_model(request.param)
 
 
 def test_info_says_what_the_weights_are(quickstart):
-  assert quickstart.info["model"]["name"] == "evad"
+  assert quickstart.info["model"]["name"] in ("evad", "class_query")
   assert quickstart.info["metrics"]["frame_map_50"] > 0.6
   assert quickstart.info["label_map"] == annotations.read_label_map(SAMPLE / "annotations" / "label_map.pbtxt")
 

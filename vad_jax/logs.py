@@ -40,6 +40,41 @@ def open_writer(directory: Path, hyperparameters: Mapping[str, Any]) -> Iterator
     writer.close()
 
 
+def read_scalars(directory: str | Path) -> dict[str, list[tuple[int, float]]]:
+  """Reads what a run has logged so far, to draw it without TensorBoard (and without TensorFlow).
+
+  Args:
+    directory: ``logs`` in the run's working directory.
+
+  Returns:
+    Steps and values by name, such as ``eval/frame_map_50`` and ``train/loss``, in order of the steps; what a run that
+    was killed did again counts once.
+
+  Raises:
+    FileNotFoundError: there are no logs.
+  """
+  from tensorboard.compat.proto.event_pb2 import Event
+  from tensorboard.compat.tensorflow_stub import errors
+  from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+  from tensorboard.util import tensor_util
+
+  files = sorted(Path(directory).glob("events.out.tfevents.*"))
+  if not files:
+    raise FileNotFoundError(f"{directory}: no logs of a run there")
+  values: dict[str, dict[int, float]] = {}
+  for file in files:
+    reader = PyRecordReader_New(str(file))
+    # The last record may be cut short where a run was killed, or is still being written.
+    with contextlib.suppress(errors.OutOfRangeError, errors.DataLossError):
+      while True:
+        reader.GetNext()
+        event = Event.FromString(reader.record())
+        for value in event.summary.value:
+          if value.metadata.plugin_data.plugin_name == "scalars":
+            values.setdefault(value.tag, {})[event.step] = float(tensor_util.make_ndarray(value.tensor))
+  return {name: sorted(steps.items()) for name, steps in values.items()}
+
+
 def picture(dataset: Any, found: Rows | TubeDetections, label_map: Mapping[int, str]) -> np.ndarray:
   """Some keyframes, evenly over the set, with what was annotated (dashed) and found there.
 

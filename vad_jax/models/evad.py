@@ -383,7 +383,7 @@ class Places:
     count = max(count, self.protected)
     if count < x.shape[1]:
       ranked = jnp.where(self.mask, importance, -1)[:, self.protected :]
-      order = jnp.argsort(-ranked, axis=1) + self.protected  # top_k would gather the batch from all devices
+      order = descending(ranked) + self.protected
       first = jnp.broadcast_to(jnp.arange(self.protected), (len(x), self.protected))
       order = jnp.concatenate([first, order], axis=1)
       stream = (x, self.place, self.mask)
@@ -413,6 +413,11 @@ class Places:
     if self.protected < self.key_tokens:
       x = self.restore(x, self.slots(sort=False), jnp.zeros((), x.dtype))
     return x[:, : self.key_tokens].reshape(x.shape[0], *self.grid[1:], x.shape[-1])
+
+
+def descending(importance: Array) -> Array:
+  """Places ``[B, n]`` of tokens by importance, best first. ``top_k`` would gather the batch from all devices."""
+  return jnp.argsort(-importance, axis=1)
 
 
 def _take(values: Array, index: Array) -> Array:
