@@ -143,7 +143,8 @@ def test_ava_annotations_have_ids_of_people(tmp_path, result):
 
 
 def test_supervision(result):
-  sv = pytest.importorskip("supervision")
+  import supervision as sv
+
   detections = interchange.to_supervision(result)
   check(interchange.from_supervision(detections, result.source), result, pixels=1e-4, scores=0)
   last = detections[2.5]
@@ -162,7 +163,8 @@ def test_supervision(result):
 
 
 def test_fiftyone(result, times):
-  fo = pytest.importorskip("fiftyone")
+  import fiftyone as fo
+
   sample = interchange.to_fiftyone(result)
   check(interchange.from_fiftyone(sample), on_frames(result, times), pixels=1e-5, scores=1e-7)
   frames = {number: frame.people.detections for number, frame in sample.frames.items()}
@@ -349,7 +351,8 @@ def test_keyframes_of_one_frame_are_told(tmp_path, result, caplog):
 
 
 def test_boxes_are_brought_into_the_frame(result, caplog):
-  sv = pytest.importorskip("supervision")
+  import supervision as sv
+
   boxes = np.array([[-8.0, 12, 40, 60], [90, 0, 100, 20]])
   people = sv.Detections(boxes, data={"actions": np.fromiter([[], []], object)})
   [found] = interchange.from_supervision({0.0: people}, result.source).keyframes

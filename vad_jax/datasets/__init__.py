@@ -108,7 +108,7 @@ def _prepared(root: Path, name: str, folder: str = "") -> Path:
 
 
 def open_directory(
-  directory: Path,
+  directory: str | Path,
   *,
   annotation_dir: str = "annotations",
   clip: ClipSpec | None = None,
@@ -144,6 +144,7 @@ def open_directory(
   from vad_jax.datasets import loader, proposals, records
   from vad_jax.datasets.tube_clips import TubeDataset
 
+  directory = Path(directory)
   folder = directory / annotation_dir
   label_map = annotations.read_label_map(folder / "label_map.pbtxt")
   truth = _read_tubes(directory, folder, label_map) if tubes else None

@@ -42,7 +42,8 @@ def choose_balanced(positive: Array, negative: Array, priority: Array, *, count:
   """Chooses boxes to learn from: positive ones up to their share, and negative ones for all that is left.
 
   Args:
-    positive, negative: ``[..., N]`` bool.
+    positive: ``[..., N]`` bool.
+    negative: the same.
     priority: ``[..., N]``, the lowest is chosen first (equal ones in order); random numbers for a random choice.
     count: how many to choose at most.
     positive_share: of them that may be positive.
