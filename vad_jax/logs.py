@@ -53,7 +53,7 @@ def read_scalars(directory: str | Path) -> dict[str, list[tuple[int, float]]]:
   Raises:
     FileNotFoundError: there are no logs.
   """
-  from tensorboard.compat.proto.event_pb2 import Event
+  from tensorboard.compat.proto import event_pb2
   from tensorboard.compat.tensorflow_stub import errors
   from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
   from tensorboard.util import tensor_util
@@ -68,7 +68,7 @@ def read_scalars(directory: str | Path) -> dict[str, list[tuple[int, float]]]:
     with contextlib.suppress(errors.OutOfRangeError, errors.DataLossError):
       while True:
         reader.GetNext()
-        event = Event.FromString(reader.record())
+        event = event_pb2.Event.FromString(reader.record())  # pyright: ignore[reportAttributeAccessIssue]
         for value in event.summary.value:
           if value.metadata.plugin_data.plugin_name == "scalars":
             values.setdefault(value.tag, {})[event.step] = float(tensor_util.make_ndarray(value.tensor))
