@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,9 @@ from flax import nnx
 from tests.seeded import seeded
 from vad_jax import checkpoint, export, models
 
-SYSTEMS = {
-  "evad": ("evad_vitb", "tiny"),
+SYSTEMS = {  # config and its argument
+  "evad": ("quickstart", "tiny"),
   "class_query": ("class_query_vitb", "tiny"),
-  "tubes": ("class_query_vitb", "tiny,tubes"),
   "bmvit": ("bmvit_mvitv2s", "tiny"),
   "action_transformer": ("action_transformer_i3d", "tiny"),
   "st_context": ("st_context_slowfast_r50", "tiny"),
@@ -53,7 +51,7 @@ def load(system: str) -> checkpoint.Loaded:
   """A small model with weights that are not those of its beginning, as if from a checkpoint."""
   module, argument = SYSTEMS[system]
   config = importlib.import_module(f"configs.{module}").get_config(argument)
-  kwargs = {**config.model.to_dict(), "num_classes": 5}
+  kwargs = {**config.model.to_dict(), "num_classes": 5, **({"layers": 1} if system == "class_query" else {})}
   graphdef, *state = checkpoint.split_model(nnx.eval_shape(lambda: models.build(**kwargs, rngs=nnx.Rngs(0))))
   model = nnx.merge(graphdef, *jax.tree.map_with_path(weight, state))
   stretched = config.resize == "stretch"
@@ -76,7 +74,9 @@ def inputs_of(loaded: checkpoint.Loaded) -> dict[str, np.ndarray]:
   random = np.random.default_rng(0)
   height, width = loaded.info["canvas"]
   tiles = random.integers(0, 256, (CLIPS, loaded.info["clip"]["num_frames"], height // 16, width // 16, 3), np.uint8)
-  video = tiles.repeat(16, 2).repeat(16, 3)  # of noise, all places look alike, and the best of them are a matter of luck
+  video = tiles.repeat(16, 2).repeat(
+    16, 3
+  )  # of noise, all places look alike, and the best of them are a matter of luck
   video[1, :, :, width - 16 :] = 0
   inputs = {"video": video, "video_size": np.array([[height, width], [height, width - 16]], np.int32)}
   if hasattr(loaded.model, "takes_proposals"):
@@ -122,3 +122,45 @@ def test_files_detect_what_the_model_detects(exported, system, form):
   for name in expected:
     assert found[name].dtype == expected[name].dtype
     np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=export.TOLERANCE, err_msg=name)
+
+
+def quickstart(*arguments: object) -> int:
+  return export.main(["--checkpoint", "quickstart", *map(str, arguments)])
+
+
+def test_command_line_describes_what_it_wrote(tmp_path, capsys):
+  path = tmp_path / "made" / "quickstart.stablehlo"
+  assert quickstart("--format", "stablehlo", "--output", path, "--size", "64x96", "--batch", 2) == 0
+  assert capsys.readouterr().out.split() == [str(path), f"{path}.json"]
+  said = json.loads(Path(f"{path}.json").read_text())
+  written = jax.export.deserialize(path.read_bytes())
+  assert [tuple(x["shape"]) for x in said["inputs"]] == [x.shape for x in written.in_avals]
+  assert [(tuple(x["shape"]), x["dtype"]) for x in said["outputs"]] == [(x.shape, x.dtype) for x in written.out_avals]
+  assert [x["name"] for x in said["inputs"]] == ["video", "video_size"]
+  assert said["inputs"][0]["shape"] == [2, 8, 64, 96, 3]
+  assert said["clip"]["seconds_from_keyframe"][said["clip"]["num_frames"] // 2] == 0
+  assert said["label_map"]["1"] == "bend/bow (at the waist)"
+  assert set(said["platforms"]) == {"cpu", "cuda", "tpu"}
+
+
+def test_what_cannot_be_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+  path = tmp_path / "out"
+  assert quickstart("--format", "stablehlo", "--output", path, "--size", "100x128") == 1
+  assert capsys.readouterr().err == "error: --size 100x128: height and width must be multiples of 32\n"
+  assert not path.exists()
+  path.mkdir()
+  assert quickstart("--format", "saved_model", "--output", path) == 1
+  assert capsys.readouterr().err == f"error: {path}: exists already; remove it or choose another --output\n"
+  monkeypatch.setattr(export, "_LARGEST_STABLEHLO", 1e6)
+  assert quickstart("--format", "stablehlo", "--output", tmp_path / "large", "--batch", 1) == 1
+  assert "do not fit a StableHLO file (2 GB); use --format saved_model" in capsys.readouterr().err
+  with pytest.raises(SystemExit) as wrong_usage:
+    quickstart("--format", "stablehlo", "--output", path, "--size", "64")
+  assert wrong_usage.value.code == 2
+  assert "'64' is not a height and width such as 288x512" in capsys.readouterr().err
+
+
+def test_models_of_stretched_frames_have_one_size():
+  loaded = load("bmvit")
+  with pytest.raises(ValueError, match="the model takes frames stretched to 96x96 only"):
+    export.export_model(loaded, "stablehlo", "unused", size=(128, 128))

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import export as jax_export
 from jax.extend.mlir.dialects import stablehlo
@@ -140,7 +139,7 @@ def make_program(
     }
   clips = batch or jax_export.symbolic_shape("batch")[0]
   inputs = {name: jax.ShapeDtypeStruct((clips, *shape), dtype) for name, (shape, dtype) in shapes.items()}
-  # Models count the clips of a batch, which a symbol does not allow; nor do all operations of TensorFlow's XLA.
+  # Models count the clips of a batch; an open number is neither that, nor what all operations of TensorFlow take.
   run = jax.jit(detect if batch else detect_one_by_one)
   return Program(jax_export.export(run, platforms=PLATFORMS)(weights, inputs), weights)
 
@@ -148,7 +147,12 @@ def make_program(
 def describe(info: checkpoint.Info, form: str, program: Program) -> dict[str, Any]:
   """Says what a caller of an exported model has to know, see the module's docstring."""
   clip, (height, width) = info["clip"], program.inputs["video"].shape[2:4]
-  side = info["short_side"]
+  scaling = f"Stretch them to {height} x {width} pixels."
+  if side := info["short_side"]:
+    scaling = (
+      f"Scale them, bilinear, so that the short side has {side} pixels, or that they fit {height} x {width} where they "
+      "would be larger; place them top left in black frames of that size."
+    )
   return {
     "format": form,
     **({"platforms": PLATFORMS} if form == "stablehlo" else {}),
@@ -161,14 +165,14 @@ def describe(info: checkpoint.Info, form: str, program: Program) -> dict[str, An
     "clip": {**clip, "seconds_from_keyframe": ClipSpec(**clip).times(0.0).round(6).tolist()},
     "preprocessing": [
       "Take the frames nearest to the times of the clip, the first or last frame where the video has none.",
-      f"Stretch them to {height} x {width} pixels."
-      if side is None
-      else f"Scale them, bilinear, so that the short side has {side} pixels, or so that they fit {height} x {width} where "
-      "they would be larger; place them top left in black frames of that size.",
-      "Leave the pixels as 8-bit RGB: the model normalises them. Give height and width of the scaled picture as "
-      "video_size.",
+      scaling,
+      "Leave pixels as 8-bit RGB: the model normalises them. video_size is height and width of the scaled picture.",
     ],
-    "tolerance": {"absolute": TOLERANCE, "of": "boxes and scores in float32 on a CPU, against the model in vad_jax"},
+    "tolerance": {
+      "absolute": TOLERANCE,
+      "of": "boxes and scores in float32 on a CPU, against the model in vad_jax; of candidates that score the same to "
+      "the last digits another one may be chosen",
+    },
   }
 
 
@@ -197,7 +201,7 @@ def write_saved_model(program: Program, output: Path) -> None:
 
   def detect(**given: Any) -> dict[str, Any]:
     arguments = [*module.weights, *jax.tree.leaves(given)]
-    found = xla.call_module(
+    found: Any = xla.call_module(
       [arguments[index] for index in exported.module_kept_var_idx],
       version=exported.calling_convention_version,
       module=code,
@@ -207,8 +211,9 @@ def write_saved_model(program: Program, output: Path) -> None:
     )
     return jax.tree.unflatten(exported.out_tree, found)
 
-  module = tf.Module()
-  module.weights = [tf.Variable(np.asarray(x), trainable=False) for x in jax.tree.leaves(program.weights)]
+  weights: Any = jax.device_get(jax.tree.leaves(program.weights))
+  module: Any = tf.Module()
+  module.weights = [tf.Variable(x, trainable=False) for x in weights]
   module.detect = tf.function(detect, autograph=False)
   specs = {name: tf.TensorSpec(tf_shape(x), x.dtype, name=name) for name, x in program.inputs.items()}
   tf.saved_model.save(module, str(output), signatures={"serving_default": module.detect.get_concrete_function(**specs)})
