@@ -21,8 +21,7 @@ SMALL = {
   "published_weights": {
     "FILE": "released.safetensors",
     "OPTIONS": "--option variant=tiny",
-    "CONFIG": "configs/evad_vitb.py:tiny",
-    "CLIPS": 2,
+    "VIDEOS": "data/sample/videos/val/easy_val_00000.mp4",
   },
   "quickstart": {"CONFIG": "configs/quickstart.py:tiny", "STEPS": 2},
 }

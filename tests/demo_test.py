@@ -238,7 +238,7 @@ def test_cancel_and_queue(page, browser, address, monkeypatch):
     expect(page.locator("#status")).to_contain_text("Cancelled")
     expect(page.locator("#cancel")).to_be_disabled()
     expect(other.locator("#status")).to_contain_text("Done")
-  assert 0.1 < shares[-1] < 0.2  # it went no further
+  assert shares[-1] < 0.2  # it went no further
   assert page.locator(".tl").count() == 0
   find(page, "Done")  # again
 
