@@ -450,7 +450,7 @@ def test_a_long_prediction_is_linked_and_written_in_little_memory(tmp_path):
   ]
   result = predictions.Prediction(tmp_path / "x.mp4", (64, 80), FPS, 0, keyframes)
   tracemalloc.start()
-  result = result._replace(tubes=predict._link(result))
+  result = result._replace(tubes=predict.link_tubes(result))
   predictions.write_json(result, tmp_path / "x.json", {"model": {"name": "m"}, "step": 1, "clip": {}}, {})
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()

@@ -125,7 +125,7 @@ def predict_video(
         _write_maps(maps, seen, found, slots, keyframes[-1], selection.label_map, reader.size)
     result = Prediction(source, reader.size, reader.fps, reader.broken, keyframes, num_frames=reader.num_frames)
   if detector.tubes:
-    result = result._replace(tubes=_link(result))
+    result = result._replace(tubes=link_tubes(result))
   if people and all(people.index(keyframe.time) is None for keyframe in keyframes):
     times = ", ".join(f"{time:g}" for time in people.times[:3])
     raise ValueError(f"{people.source}: boxes of {source} are at {times}, ... seconds and at no keyframe; see --stride")
@@ -178,7 +178,7 @@ def _people(loaded: checkpoint.Loaded, boxes: Any, video: Path, finding: dict[st
   return person_boxes.read(boxes, video.stem.replace(",", "_"), threshold=finding["actor_threshold"])
 
 
-def _link(result: Prediction) -> list[ActionTube]:
+def link_tubes(result: Prediction) -> list[ActionTube]:
   """Links the reported actions of all frames as `link_greedily` does, which wants 15 frames at least."""
   height, width = result.size
   size = np.array([width, height, width, height], np.float64)

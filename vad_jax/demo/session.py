@@ -148,7 +148,7 @@ class Session:
     tracker = Tracker()
     result = found._replace(keyframes=[_select(keyframe, selection, tracker) for keyframe in found.keyframes])
     if found.tubes is not None:
-      result = result._replace(tubes=predict._link(result))
+      result = result._replace(tubes=predict.link_tubes(result))
     folder, stem = self._fresh_folder("shown"), video.path.stem
     result = result._replace(
       csv=folder / f"{stem}_detections.csv", json=folder / f"{stem}_detections.json", video=folder / f"{stem}.mp4"
