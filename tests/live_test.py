@@ -121,8 +121,8 @@ def test_delay_is_bounded_where_the_model_is_too_slow(ramp, tmp_path, monkeypatc
   check_files(report, answers)
   assert report.frames == 120
   assert report.delay < 2.0
-  times = [answer.keyframes[0].time for answer in answers]
-  assert report.skipped == round(times[-1] / 0.05) - len(times) + 1
+  gaps = np.diff([answer.keyframes[0].time for answer in answers])
+  assert report.skipped == (np.round(gaps / 0.05) - 1).sum()
   if seconds > 1:
     assert len(answers) > 1 and report.skipped > 10
 
