@@ -21,4 +21,7 @@ def get_config(arg: str | None = None) -> common.Config:
   config.model = ConfigDict({"name": "bmvit", "variant": "vit_b", "drop_path": 0.1, "remat": True, "dtype": "float32"})
   if options.tiny:
     bmvit_mvitv2s.learn_quickly(config)
+    config.model.variant = "tiny_vit"
+    config.canvas, config.num_steps = (96, 128), 4500
+    config.init_from = "quickstart"  # whose backbone has seen rendered people
   return config

@@ -47,7 +47,7 @@ class Looker(nnx.Module):
 
   def maps(self, out, batch):
     attention = jnp.stack([jnp.eye(2, 4)[:1].repeat(3, 0), jnp.eye(4)[3:].repeat(3, 0)])  # [K, h, w]
-    return {"class_attention": jnp.broadcast_to(attention, (len(out["video"]), 2, *attention.shape))}
+    return {"attention": jnp.broadcast_to(attention, (len(out["video"]), 2, *attention.shape))}
 
 
 LOOKER = checkpoint.Loaded(
@@ -130,7 +130,7 @@ def test_quickstart_from_upload_to_download(browser, address, tmp_path):
     assert page.evaluate("document.querySelector('#result video').videoWidth") == 480
     page.wait_for_function("getComputedStyle(document.querySelector('.tl')).getPropertyValue('--now') > 0")
     page.locator(".tl-part").first.click()
-    expect(page.locator("#caption")).to_contain_text("evad has no attention maps")
+    expect(page.locator("#caption")).to_contain_text("What evad saw at")
     files = {}
     for kind in ("csv", "json", "mp4"):
       with page.expect_download() as download:

@@ -257,7 +257,7 @@ class Looker(ClipReader):
 
   def maps(self, out, batch):
     attention = jnp.zeros((len(batch["key"]), 3, 3, 4, 6)).at[:, 0, 2, 1, 0].set(0.5).at[:, 1, 2, 1, 4].set(0.25)
-    return {"class_attention": attention.at[..., 3, :].set(9)}
+    return {"attention": attention.at[..., 3, :].set(9)}
 
 
 def test_attention_of_each_person_and_class(loaded, ramp, tmp_path):
@@ -274,13 +274,13 @@ def test_attention_of_each_person_and_class(loaded, ramp, tmp_path):
     "0002.000/person2_class3_last_frame.png",
   ]
   with np.load(result.maps / "0002.000.npz") as arrays:
-    assert set(arrays) >= {"time", "boxes", "actor_score", "action_score", "class_attention", "class_id", "class_name"}
+    assert set(arrays) >= {"time", "boxes", "actor_score", "action_score", "attention", "class_id", "class_name"}
     assert arrays["person"].tolist() == [1, 2]
     assert arrays["class_name"].tolist() == ["", "middle", "last / frame"]
     # The first person is slot 1. The placed video is 48 of 64 rows high and 60 of 64 columns wide.
-    assert arrays["class_attention"].shape == (2, 3, 3, 6)
-    np.testing.assert_allclose(arrays["class_attention"][0, 2, 1], [0, 0, 0, 0, 0.25, 0])
-    np.testing.assert_allclose(arrays["class_attention"][1, 2, 1], [0.5, 0, 0, 0, 0, 0])
+    assert arrays["attention"].shape == (2, 3, 3, 6)
+    np.testing.assert_allclose(arrays["attention"][0, 2, 1], [0, 0, 0, 0, 0.25, 0])
+    np.testing.assert_allclose(arrays["attention"][1, 2, 1], [0.5, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(arrays["boxes"], result.keyframes[2].boxes)
   left = cv2.imread(str(result.maps / "0002.000" / "person2_class3_last_frame.png")).astype(int)
   right = cv2.imread(str(result.maps / "0002.000" / "person1_class3_last_frame.png")).astype(int)
@@ -350,7 +350,7 @@ def test_tubes_answer_for_every_frame_once(of_tubes, ramp, tmp_path):
 
 class TubeLooker(TubeReader):
   def maps(self, out, batch):
-    return {"class_attention": jnp.ones((len(batch["key"]), 2, 2, 4, 6))}
+    return {"attention": jnp.ones((len(batch["key"]), 2, 2, 4, 6))}
 
 
 def test_maps_of_tubes_are_of_the_middle_of_clips(of_tubes, ramp, tmp_path):

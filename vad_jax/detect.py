@@ -17,7 +17,7 @@ from vad_jax.datasets.loader import ClipSpec
 from vad_jax.datasets.video import nearest
 from vad_jax.person_boxes import PersonBoxes
 
-CLASS_ATTENTION = "class_attention"  # the map that is one of each slot and class
+ATTENTION = "attention"  # the map that is one of each slot and class, or of each slot
 _CANVAS_MULTIPLE = 32
 _TIME_EPSILON = 1e-3  # seconds; time stamps of frames are rounded
 
@@ -130,11 +130,11 @@ class Detector:
     height, width = self._placed_size
     real = {}
     for name, values in maps.items():
-      sides = values.shape[-2:] if name == CLASS_ATTENTION else values.shape[1:3]
+      sides = values.shape[-2:] if name == ATTENTION else values.shape[1:3]
       rows, columns = (
         slice(round(n * side / padded)) for n, side, padded in zip(sides, self._placed_size, self._canvas, strict=True)
       )
-      place = (..., rows, columns) if name == CLASS_ATTENTION else (rows, columns)
+      place = (..., rows, columns) if name == ATTENTION else (rows, columns)
       real[name] = np.asarray(values[row], np.float32)[place]
     return Seen(frame[:height, :width], real)
 

@@ -34,7 +34,7 @@ import numpy as np
 from vad_jax import checkpoint, live, person_boxes, visualize
 from vad_jax.batch import Detections
 from vad_jax.datasets.video import VideoReader
-from vad_jax.detect import CLASS_ATTENTION, Detector, Seen
+from vad_jax.detect import ATTENTION, Detector, Seen
 from vad_jax.metrics.linking import Candidates, link_greedily
 from vad_jax.person_boxes import PersonBoxes, Tracker
 from vad_jax.predictions import (
@@ -247,30 +247,27 @@ def _write_maps(
   label_map: dict[int, str],
   size: tuple[int, int],
 ) -> None:
-  """Writes what the model saw in a frame: pictures, and what it looked at for each person and class as arrays."""
+  """Writes what the model saw in a frame: pictures, and where it looked as arrays."""
   path = folder / f"{kept.time:08.3f}.png"
   maps = dict(seen.maps)
-  attention = maps.pop(CLASS_ATTENTION, None)
+  attention = maps.pop(ATTENTION, None)
   rows = []
   if attention is not None:
     attention = attention[slots]
-    rows = [
-      [
-        visualize.attention_picture(
-          *(seen.frame, attention[person, action.id - 1], kept.boxes[person]),
-          *(f"{action.name} {action.score:.2f}", visualize.color_of(int(kept.person[person]) - 1)),
+    of_classes = attention.shape[1] > 1
+    for row, (person, box, actions) in enumerate(zip(kept.person, kept.boxes, kept.actions, strict=True)):
+      rows.append([])
+      for action in actions if of_classes else actions[:1]:
+        picture = visualize.attention_picture(
+          *(seen.frame, attention[row, action.id - 1 if of_classes else 0], box),
+          *(f"{action.name} {action.score:.2f}", visualize.color_of(int(person) - 1)),
           size=size,
         )
-        for action in actions
-      ]
-      for person, actions in enumerate(kept.actions)
-    ]
-    for person, pictures, actions in zip(kept.person, rows, kept.actions, strict=True):
-      for picture, action in zip(pictures, actions, strict=True):
-        name = re.sub(r"\W+", "_", action.name).strip("_")
+        rows[-1].append(picture)
+        name = re.sub(r"\W+", "_", f"_class{action.id}_{action.name}").rstrip("_") if of_classes else ""
         path.with_suffix("").mkdir(exist_ok=True)
-        _write_picture(path.with_suffix("") / f"person{person}_class{action.id}_{name}.png", picture)
-    classes = np.arange(1, attention.shape[1] + 1)
+        _write_picture(path.with_suffix("") / f"person{person}{name}.png", picture)
+    classes = np.arange(1, kept.action_score.shape[1] + 1)
     np.savez_compressed(
       path.with_suffix(".npz"),
       time=kept.time,
@@ -278,7 +275,7 @@ def _write_maps(
       actor_score=kept.actor_score,
       action_score=kept.action_score,
       person=kept.person,
-      class_attention=attention,
+      attention=attention,
       class_id=classes,
       class_name=np.array([label_map.get(int(index), "") for index in classes], str),
     )

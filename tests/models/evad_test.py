@@ -111,6 +111,19 @@ def test_number_of_kept_tokens():
       assert set(after[image].tolist()) < set(before[image].tolist())
 
 
+@pytest.mark.parametrize("options", [{}, {"pruning": "unified", "decoder_tokens": "all"}, {"keep_rate": 1.0}], ids=str)
+def test_map_counts_the_slices_in_which_a_place_is_kept(options):
+  out = run(make_batch(), **{"keep_rate": 0.5, **options})
+  kept = np.asarray(make_model().maps(out, {})["kept"])
+  assert kept.shape == (2, 4, 4)
+  expected = np.ones((2, 16)) if "pruning" not in options else np.zeros((2, 16))  # the keyframe
+  history = out["kept"][-1] if out["kept"] else np.tile(np.arange(48), (2, 1))
+  for row, places in enumerate(np.asarray(history)):
+    np.add.at(expected[row], places % 16, 1)
+  np.testing.assert_allclose(kept.reshape(2, 16), expected / 4, atol=1e-6)
+  assert (kept.min() < 1) == ("keep_rate" not in options)
+
+
 def test_all_tokens_reach_the_decoder_once():
   out = run(make_batch(), decoder_tokens="all")
   assert out["decoder_in"].shape[1] == 4 * 16 + SMALL.num_queries

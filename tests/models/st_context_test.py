@@ -187,9 +187,10 @@ def test_blocks_by_hand(row, positions):
     q, k, v = linear(layer.query, x), linear(layer.key, context), linear(layer.value, context)
     k = k + table if positions else k
     parts = [slice(0, 16), slice(16, 32)]  # two heads
-    found = np.concatenate([softmax(q[:, part] @ k[:, part].T / 4) @ v[:, part] for part in parts], -1)
+    weights = [softmax(q[:, part] @ k[:, part].T / 4) for part in parts]
+    found = np.concatenate([weight @ v[:, part] for weight, part in zip(weights, parts, strict=True)], -1)
     x = norm(x + linear(layer.proj, found))
-    return norm(x + linear(layer.fc2, np.maximum(linear(layer.fc1, x), 0)))
+    return norm(x + linear(layer.fc2, np.maximum(linear(layer.fc1, x), 0))), np.mean(weights, (0, 1))
 
   for index, across in ((0, 6), (1, 5)):
     still = np.concatenate([slow[index].mean(0), fast[index].mean(0)], -1)[:, :across]
@@ -199,12 +200,15 @@ def test_blocks_by_hand(row, positions):
     for actor in np.flatnonzero(batch["proposal_mask"][index]):
       tokens = regions[index, actor].reshape(49, -1)
       tokens = tokens if "grid" in row else tokens.max(0, keepdims=True)
-      tokens = block(
+      tokens, attention = block(
         model.context.spatial, linear(model.context.project, tokens), scene.reshape(-1, scene.shape[-1]), places
       )
       if "temporal" in row:
         moments = fast[index, :, :, :across].mean((1, 2))
-        tokens = block(model.context.temporal, tokens, moments, sincos_positions(4, 32))
+        tokens, _ = block(model.context.temporal, tokens, moments, sincos_positions(4, 32))
+      looked = np.asarray(model.maps(out, batch)["attention"][index, actor, 0])
+      np.testing.assert_allclose(looked[:, :across], attention.reshape(4, across), atol=1e-5)
+      assert not looked[:, across:].any()
       features = np.maximum(linear(model.context.hidden, tokens.max(0)), 0)
       np.testing.assert_allclose(out["features"][index, actor], features, atol=2e-4)
       logits = linear(model.classifier, features)

@@ -204,14 +204,17 @@ class Session:
     with VideoReader(shown.source) as reader:
       frame = reader.frames_at([time])[0]
     caption = f"{labels[action]} {scores[action - 1]:.2f}"
+    attention = arrays["attention"][row]  # of each class, or one for all
+    of_classes = len(attention) > 1
     picture = visualize.attention_picture(
-      *(frame, arrays["class_attention"][row, action - 1], box, caption, visualize.color_of(person - 1)),
+      *(frame, attention[action - 1 if of_classes else 0], box, caption, visualize.color_of(person - 1)),
       size=shown.size,
     )
     assert shown.video
     path = shown.video.with_name(f"person{person}_class{action}_{time:08.3f}.png")
     cv2.imwrite(str(path), picture[..., ::-1])
-    return path, f"Where {name} looked to judge “{labels[action]}” of person {person} at {time:.1f} s: bright is most."
+    judged = f"judge “{labels[action]}” of" if of_classes else "classify"
+    return path, f"Where {name} looked to {judged} person {person} at {time:.1f} s: bright is most."
 
   def stop(self) -> None:
     """Stops the work soon."""

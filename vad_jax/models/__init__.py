@@ -24,9 +24,10 @@ class System(Protocol):
   """What training, evaluation and prediction ask of a model. There is no base class: a model just has these members.
 
   A model with something to see has ``maps(out, batch)`` as well, which gives maps of the padded keyframe, the frame
-  at ``T // 2``, by name: ``[B, h, w]``, or ``[B, h, w, 3]`` colours, in [0, 1]; ``class_attention`` is
-  ``[B, N, K, h, w]``, not negative: where slot ``n`` was looked at to judge class ``k``. One that classifies given
-  boxes has ``takes_proposals = True``. The shape of its detections tells if it answers for every frame of a clip.
+  at ``T // 2``, by name: ``[B, h, w]``, or ``[B, h, w, 3]`` colours, in [0, 1]; ``attention`` is ``[B, N, K, h, w]``,
+  not negative: where was looked to judge class ``k`` of slot ``n``, or ``[B, N, 1, h, w]`` where it is one for all
+  classes. One that classifies given boxes has ``takes_proposals = True``. The shape of its detections tells if it
+  answers for every frame of a clip.
 
   Attributes:
     class_parameters: regular expression of the paths of parameters whose shape follows the number of classes.

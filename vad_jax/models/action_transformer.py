@@ -318,9 +318,9 @@ class ActionTransformer(nnx.Module):
     return Detections(_take(out["boxes"], kept), _take(score, kept), _take(action, kept), valid)
 
   def maps(self, out: dict[str, Any], batch: Batch) -> dict[str, Array]:
-    """Where the network sees people; what the best-scored one attends to, of all times; kinds of cells in colours.
+    """Where the network sees people; what each region attends to, at all times; kinds of cells in colours.
 
-    Attention is that of the last Tx layer, over its maximum. Colours are the principal components of a unit's keys
+    Attention is that of the last Tx layer. Colours are the principal components of a unit's keys
     (Figure 4); both need the Tx head.
     """
     count, _, h, w, _ = out["features"].shape
@@ -328,9 +328,7 @@ class ActionTransformer(nnx.Module):
     maps = {"person": jnp.where(out["cells"], people, 0)}
     if self.tx is None:
       return maps
-    best = jnp.where(out["proposal_mask"], self._actor_score(out), -1).argmax(-1)
-    attention = out["attention"].sum((1, 3))[jnp.arange(count), best]  # [B, h, w]
-    maps["attention"] = attention / attention.max((1, 2), keepdims=True)
+    maps["attention"] = out["attention"].mean(1).sum(2)[:, :, None]
     for unit in range(_UNITS):
       maps[f"keys_{unit + 1}"] = principal_colors(out["keys"][:, unit], out["cells"])
     return maps

@@ -77,6 +77,7 @@ VARIANTS = {
   "vit_b": Variant(ViT, {"width": 768, "depth": 12, "heads": 12}, "centre", attend=True, **_IMAGENET),
   "hiera_l": Variant(Hiera, hiera.VARIANTS["large"]),
   "tiny": Variant(MViT, {**mvit.VARIANTS["tiny"], "trained_size": (8, 96, 96)}),
+  "tiny_vit": Variant(ViT, {"width": 128, "depth": 4, "heads": 4, "stem": "convolution"}, "centre", attend=True),
 }
 
 

@@ -467,7 +467,7 @@ class ClassQuery(nnx.Module):
       return {}
     attention = out["layers"][-1]["classifying"]["attention"]
     frame = len(attention) // 2  # the only one of keyframes
-    return {"class_attention": attention[frame].reshape(*attention.shape[1:4], *out["positions"][_WORKING].shape[2:4])}
+    return {"attention": attention[frame].reshape(*attention.shape[1:4], *out["positions"][_WORKING].shape[2:4])}
 
 
 # --- Small things ---------------------------------------------------------------------------------------------------

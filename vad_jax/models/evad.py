@@ -182,7 +182,8 @@ class EVAD(nnx.Module):
       ``boxes`` ``[L, B, N, 4]`` xyxy in input pixels and ``person_logits`` ``[L, B, N, 2]`` (person first) of all
       localisation layers, ``action_logits`` ``[L', B, N, K]`` of all decoder blocks, ``frame_size`` ``[B, 4]`` (width,
       height, width, height); ``block_tokens``, ``kept`` (list of the places of kept tokens after each pruning,
-      ``[B, n]``, counted without the keyframe unless pruning is unified) and the tensors in between.
+      ``[B, n]``, counted without the keyframe unless pruning is unified), ``survivors`` (those of all that are left,
+      counted with the keyframe first) and the tensors in between.
     """
     side = 2 * self.backbone.patch[1]
     if batch["video"].shape[2] % side or batch["video"].shape[3] % side:
@@ -236,6 +237,7 @@ class EVAD(nnx.Module):
       out["block_tokens"].append(x)
       if index in self.sizes.fpn_at:
         maps.append(places.keyframe_map(x))
+    out["survivors"] = places.place
     if self.decoder_tokens == "all":
       x = places.bring_back(x)
     out["tokens"] = self.backbone.norm(x)
@@ -349,6 +351,12 @@ class EVAD(nnx.Module):
     person = jax.nn.softmax(out["person_logits"][-1].astype(exact), -1)[..., 0]
     real = jnp.broadcast_to(jnp.asarray(batch["key"])[:, None] >= 0, person.shape)
     return Detections(boxes, person, jax.nn.sigmoid(out["action_logits"][-1].astype(exact)), real)
+
+  def maps(self, out: dict[str, Any], batch: Batch) -> dict[str, Array]:
+    """Of how many of the clip's slices the tokens of each place outlive all prunings: 1 where all do (Figure 4)."""
+    count, slices, h, w, _ = out["restored"].shape
+    kept = jax.vmap(lambda cells: jnp.zeros(h * w).at[cells].add(1 / slices))(out["survivors"] % (h * w))
+    return {"kept": kept.reshape(count, h, w)}
 
 
 # --- Parts of the network -------------------------------------------------------------------------------------------

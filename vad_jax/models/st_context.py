@@ -132,8 +132,8 @@ class SpatioTemporalContext(nnx.Module):
 
     Returns:
       ``boxes`` ``[B, P, 4]`` the proposals as far as they lie in the frame, zero in padded slots; ``action_logits``
-      ``[B, P, K]``; ``regions`` ``[B, P, 7, 7, C + C']`` of the actors, their ``features`` ``[B, P, D]``, and the maps
-      ``slow`` and ``fast`` of the backbone.
+      ``[B, P, K]``; ``regions`` ``[B, P, 7, 7, C + C']`` of the actors, their ``features`` ``[B, P, D]``, the spatial
+      ``attention`` ``[B, P, h, w]`` of models with context, and the maps ``slow`` and ``fast`` of the backbone.
 
     Raises:
       ValueError: the batch has no proposals.
@@ -147,9 +147,14 @@ class SpatioTemporalContext(nnx.Module):
     means = slow.mean(1), fast.mean(1)
     pixels = boxes * jnp.tile(size[:, None, ::-1], 2)
     regions = roi_align(jnp.concatenate(means, -1), pixels, scale=scale, sampling_ratio=0)
-    features = largest(regions) if self.context is None else self.context(regions, means, fast, size * scale, rngs)
+    attention: dict[str, Array] = {}
+    if self.context is None:
+      features = largest(regions)
+    else:
+      features, attention["attention"] = self.context(regions, means, fast, size * scale, rngs)
     logits = self.classifier(self.dropout(features, rngs=rngs))
     return {
+      **attention,
       "slow": slow,
       "fast": fast,
       "regions": regions,
@@ -183,6 +188,10 @@ class SpatioTemporalContext(nnx.Module):
     _, given = given_boxes(batch)
     score = jnp.where(given, batch.get("proposal_score", 1.0), 0.0)
     return Detections(out["boxes"], score, jax.nn.sigmoid(out["action_logits"]), given)
+
+  def maps(self, out: dict[str, Any], batch: Batch) -> dict[str, Array]:
+    """Where in the scene each person looks, which the mean over time of the slow map shows; not without context."""
+    return {"attention": out["attention"][:, :, None]} if self.context is not None else {}
 
 
 def given_boxes(batch: Batch) -> tuple[Array, Array]:
@@ -229,7 +238,7 @@ class Context(nnx.Module):
 
   def __call__(
     self, regions: Array, means: tuple[Array, Array], fast: Array, cells: Array, rngs: nnx.Rngs | None
-  ) -> Array:
+  ) -> tuple[Array, Array]:
     """Runs the blocks.
 
     Args:
@@ -240,7 +249,7 @@ class Context(nnx.Module):
       rngs: for dropout.
 
     Returns:
-      ``[B, P, D]``.
+      ``[B, P, D]``, and where in the scene each actor looked, ``[B, P, h, w]``, the mean of its tokens and of heads.
     """
     rows, count, *_, channels = regions.shape
     tokens = regions if self.actor_grid else largest(regions)
@@ -251,12 +260,13 @@ class Context(nnx.Module):
     inside = down[:, :, None] & across[:, None]
     scene = jnp.concatenate(means, -1) if self.temporal is None else means[0]
     places = grid_positions(h, w, width) if self.positions else None
-    x = self.spatial(x, scene.reshape(rows, h * w, -1), places, inside.reshape(rows, -1), rngs)
+    x, attention = self.spatial(x, scene.reshape(rows, h * w, -1), places, inside.reshape(rows, -1), rngs)
     if self.temporal is not None:
       moments = fast.mean((2, 3), where=inside[:, None, :, :, None])
       times = sincos_positions(frames, width) if self.positions else None
-      x = self.temporal(x, moments, times, None, rngs)
-    return jax.nn.relu(self.hidden(largest(x.reshape(rows, count, -1, width))))
+      x, _ = self.temporal(x, moments, times, None, rngs)
+    features = jax.nn.relu(self.hidden(largest(x.reshape(rows, count, -1, width))))
+    return features, attention.reshape(rows, count, -1, h, w).mean(2)
 
 
 class ContextBlock(nnx.Module):
@@ -276,7 +286,7 @@ class ContextBlock(nnx.Module):
 
   def __call__(
     self, x: Array, context: Array, positions: Array | None, key_mask: Array | None, rngs: nnx.Rngs | None
-  ) -> Array:
+  ) -> tuple[Array, Array]:
     """Runs the block.
 
     Args:
@@ -287,15 +297,21 @@ class ContextBlock(nnx.Module):
       rngs: for dropout.
 
     Returns:
-      ``[B, N, D]``.
+      ``[B, N, D]``, and the attention ``[B, N, L]``, the mean of heads, which compilers drop where nobody asks for it.
     """
     split = lambda tokens: tokens.reshape(*tokens.shape[:2], self.heads, -1)  # noqa: E731
     key = self.key(context)
     if positions is not None:
       key = key + jnp.asarray(positions, key.dtype)
-    found = attend(split(self.query(x)), split(key), split(self.value(context)), key_mask)
+    query, key, value = split(self.query(x)), split(key), split(self.value(context))
+    found = attend(query, key, value, key_mask)
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=exact) * query.shape[-1] ** -0.5
+    if key_mask is not None:
+      logits = jnp.where(key_mask[:, None, None], logits, jnp.finfo(exact).min)
     x = self.norm1(x + self.dropout(self.proj(found.reshape(x.shape)), rngs=rngs))
-    return self.norm2(x + self.dropout(self.fc2(jax.nn.relu(self.fc1(x))), rngs=rngs))
+    x = self.norm2(x + self.dropout(self.fc2(jax.nn.relu(self.fc1(x))), rngs=rngs))
+    return x, jax.nn.softmax(logits).mean(1)
 
 
 def largest(x: Array) -> Array:
