@@ -92,7 +92,7 @@ def predict_video(
     draw: write the annotated video as well.
     save_maps: write for each keyframe (of tubes for the middle frame of each clip), named by its time, a picture of the
       model's maps over the frame, all boxes, and those that are kept. Of a model that says where it looked for each
-      person and class, also a folder with a picture of each kept person and action, and a ``.npz`` with the arrays.
+      person, or person and class, also a folder with a picture of each kept one, and a ``.npz`` with the arrays.
     on_progress: called with the share of the whole work that is done, in [0, 1]. What it raises stops the work; files
       that are not complete then are removed.
 
