@@ -15,22 +15,13 @@ import av
 import numpy as np
 import pytest
 
-from tests.predict_test import CLIP, LABEL_MAP, ClipReader, ClipReaderOfPeople, TubeReader
+from tests.clip_readers import LABEL_MAP, LOADED, ClipReaderOfPeople, TubeReader
 from vad_jax import checkpoint, live, predict
 from vad_jax.datasets.video import VideoError, VideoReader
 from vad_jax.detect import Detector
 from vad_jax.predictions import Selection
 
 FPS = 30
-INFO = {
-  "model": {"name": "stand-in"},
-  "clip": CLIP,
-  "canvas": [64, 96],
-  "short_side": 48,
-  "label_map": LABEL_MAP,
-  "step": 1,
-}
-MODEL = checkpoint.Loaded(ClipReader(), INFO)
 SELECTION = Selection(LABEL_MAP, 0.5, 0.3, 3, 0.7)
 
 
@@ -128,7 +119,7 @@ def check_files(report, answers):
 def test_a_stream(ramp, tmp_path, scheme):
   answers = []
   with served(ramp, 4.0, scheme=scheme) as url:
-    report = live.watch(MODEL, url, tmp_path, SELECTION, stride=0.25, on_answer=answers.append)
+    report = live.watch(LOADED, url, tmp_path, SELECTION, stride=0.25, on_answer=answers.append)
   check_files(report, answers)
   assert report.frames >= 119 and report.lost is None  # RTSP ends without saying that the last frame is whole
   (first, *_), *others = [answer.keyframes for answer in answers]
@@ -147,7 +138,7 @@ def test_delay_is_bounded_where_the_model_is_too_slow(ramp, tmp_path, monkeypatc
   slow(monkeypatch, 0.4)
   answers = []
   with served(ramp, seconds) as url:
-    report = live.watch(MODEL, url, tmp_path, SELECTION, stride=0.05, on_answer=answers.append)
+    report = live.watch(LOADED, url, tmp_path, SELECTION, stride=0.05, on_answer=answers.append)
   check_files(report, answers)
   assert report.frames == 120
   assert report.delay < 2.0
@@ -168,7 +159,7 @@ def test_memory_is_bounded(ramp, monkeypatch):
 
 def test_tubes_take_frames_in_a_row(ramp, tmp_path, monkeypatch):
   slow(monkeypatch, 0.8)
-  info = {**INFO, "label_map": {1: "bright", 2: "dark"}}
+  info = {**LOADED.info, "label_map": {1: "bright", 2: "dark"}}
   answers = []
   with served(ramp, 4.0) as url:
     model = checkpoint.Loaded(TubeReader(), info)
@@ -185,8 +176,8 @@ def test_tubes_take_frames_in_a_row(ramp, tmp_path, monkeypatch):
 def test_people_are_found_by_another_model(ramp, tmp_path):
   answers = []
   with served(ramp, 2.0) as url:
-    model = MODEL._replace(model=ClipReaderOfPeople())
-    live.watch(model, url, tmp_path, SELECTION, people_from=MODEL, draw=False, on_answer=answers.append)
+    model = LOADED._replace(model=ClipReaderOfPeople())
+    live.watch(model, url, tmp_path, SELECTION, people_from=LOADED, draw=False, on_answer=answers.append)
   assert answers
   for answer in answers:
     np.testing.assert_allclose(answer.keyframes[0].boxes, [[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.6, 0.7]], atol=1e-6)
@@ -201,12 +192,12 @@ def test_the_video_is_playable_at_any_time(ramp, tmp_path):
         counts.append(sum(1 for _ in reader))
 
   with served(ramp, 4.0) as url:
-    live.watch(MODEL, url, tmp_path, SELECTION, stride=0.25, on_answer=play)
+    live.watch(LOADED, url, tmp_path, SELECTION, stride=0.25, on_answer=play)
   assert counts and counts[-1] > 0
 
 
 def run(monkeypatch, tmp_path, *arguments):
-  monkeypatch.setattr(predict, "load", lambda name: MODEL)
+  monkeypatch.setattr(predict, "load", lambda name: LOADED)
   return predict.main(["--checkpoint", "any", "--output-dir", str(tmp_path), *map(str, arguments)])
 
 

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import tracemalloc
-import weakref
 from pathlib import Path
 
 import av
@@ -15,65 +14,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vad_jax import annotations, checkpoint, detect, models, predict, predictions
-from vad_jax.batch import Detections
-from vad_jax.datasets.augment import place_on_canvas
+from tests.clip_readers import CLIP, LABEL_MAP, LOADED, ClipReader, ClipReaderOfPeople, TubeReader
+from vad_jax import annotations, checkpoint, models, predict, predictions
 from vad_jax.datasets.loader import ClipSpec, KeyframeDataset, VideoFrames, eval_batches
-from vad_jax.datasets.tube_clips import cut
 from vad_jax.datasets.video import VideoError, VideoReader, VideoWriter
 
 FPS = 30.0
-CLIP = {"num_frames": 8, "frame_stride": 3, "fps": 30.0}
-LABEL_MAP = {1: "first frame", 2: "middle frame", 3: "last frame"}
-
-
-class ClipReader(nnx.Module):
-  """Scores are the brightness of the clip's first, middle and last frame; one sure person, one doubtful."""
-
-  def __call__(self, batch, *, rngs=None):
-    height, width = batch["video_size"][0]
-    video = batch["video"].astype(jnp.float32)
-    inside = (jnp.arange(video.shape[2])[:, None] < height) & (jnp.arange(video.shape[3]) < width)
-    return {"brightness": (video.mean(-1) * inside).sum((2, 3)) / inside.sum() / 255}
-
-  def detections(self, out, batch):
-    brightness = out["brightness"]
-    scores = brightness[:, [0, brightness.shape[1] // 2, -1]]
-    size = len(brightness)
-    boxes = jnp.array([[0.5, 0.5, 0.6, 0.7], [0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], jnp.float32)
-    return Detections(
-      boxes=jnp.broadcast_to(boxes, (size, 3, 4)),
-      actor_score=jnp.broadcast_to(jnp.array([0.6, 0.9, 0.99]), (size, 3)),
-      action_score=jnp.stack([scores * 0, scores, scores], 1),
-      valid=jnp.array([True, True, False]) & (batch["key"] >= 0)[:, None],
-    )
 
 
 @pytest.fixture(scope="module")
 def loaded():
-  info = {
-    "model": {"name": "stand-in"},
-    "clip": CLIP,
-    "canvas": [64, 96],
-    "short_side": 48,
-    "label_map": LABEL_MAP,
-    "step": 7,
-    "metrics": {},
-  }
-  return checkpoint.Loaded(ClipReader(), info)
-
-
-class ClipReaderOfPeople(ClipReader):
-  """The same of given people."""
-
-  takes_proposals = True
-
-  def detections(self, out, batch):
-    scores = out["brightness"][:, None, [0, out["brightness"].shape[1] // 2, -1]]
-    shape = (*batch["proposal_mask"].shape, 3)
-    return Detections(
-      batch["proposals"], batch["proposal_score"], jnp.broadcast_to(scores, shape), batch["proposal_mask"]
-    )
+  return LOADED
 
 
 @pytest.fixture(scope="module")
@@ -289,23 +240,6 @@ def test_attention_of_each_person_and_class(loaded, ramp, tmp_path):
   assert bright[: width // 6].mean() > 50 and bright[-width // 3 : -width // 6].mean() < -50
 
 
-class TubeReader(ClipReader):
-  """Scores of every frame are its own brightness; frame ``i`` of a clip has its box at ``i / 1000``."""
-
-  def detections(self, out, batch):
-    brightness = out["brightness"]
-    size, length = brightness.shape
-    x = jnp.broadcast_to(jnp.arange(length)[:, None] / 1000, (length, 2))
-    boxes = jnp.stack([x, x + jnp.array([0.0, 0.5]), x + 0.3, x + jnp.array([0.4, 0.9])], -1)
-    scores = jnp.stack([brightness, 1 - brightness], -1)[:, :, None]
-    return Detections(
-      boxes=jnp.broadcast_to(boxes, (size, length, 2, 4)),
-      actor_score=jnp.broadcast_to(jnp.array([0.9, 0.2]), (size, length, 2)),
-      action_score=jnp.broadcast_to(scores, (size, length, 2, 2)),
-      valid=jnp.ones((size, 2), bool),
-    )
-
-
 @pytest.fixture(scope="module")
 def of_tubes(loaded):
   clip = {"num_frames": 16, "frame_stride": 1, "fps": 25.0}
@@ -372,21 +306,6 @@ def test_a_video_shorter_than_a_clip(of_tubes, tmp_path):
     assert sum(1 for _ in reader) == 5
 
 
-@pytest.mark.parametrize(("count", "length"), [(1, 8), (5, 8), (8, 8), (13, 8), (64, 32), (99, 40)])
-@pytest.mark.parametrize("known", [True, False])
-def test_consecutive_clips(count, length, known):
-  """Those of evaluation, where the number of frames is known; each frame once in any case."""
-  stream = ((float(number), np.array(number)) for number in range(1, count + 1))
-  found = list(detect.consecutive_clips(stream, length, count if known else None))
-  expected = [numbers.clip(1, count) for numbers in cut(count, length)]
-  assert len(found) == len(expected)
-  assert [time for moments, _ in found for time, _ in moments] == list(range(1, count + 1))
-  for (moments, clip), numbers in zip(found, expected, strict=True):
-    assert all(clip[place] == time for time, place in moments)
-    if known:
-      assert clip.tolist() == numbers.tolist()
-
-
 def test_model_without_maps(loaded, ramp, tmp_path, monkeypatch, capsys):
   assert run(loaded, monkeypatch, "--video", str(ramp), "--output-dir", str(tmp_path), "--save-maps") == 1
   assert "has no maps to save" in capsys.readouterr().err
@@ -395,44 +314,6 @@ def test_model_without_maps(loaded, ramp, tmp_path, monkeypatch, capsys):
 def test_no_video_on_request(loaded, ramp, tmp_path):
   result = predict.predict_video(loaded, ramp, tmp_path, draw=False)
   assert result.video is None and result.csv.exists() and not (tmp_path / "ramp.mp4").exists()
-
-
-def test_clips_equal_a_search_over_all_frames():
-  random = np.random.default_rng(0)
-  times = np.cumsum(random.uniform(0.005, 0.3, 400))  # variable frame rate
-  times -= times[0]
-  for stride, offsets in [
-    (1.0, np.linspace(-1, 1, 9)),
-    (0.3, np.linspace(-0.2, 0.9, 4)),
-    (None, np.zeros(1)),
-  ]:
-    frames = ((time, np.array(index)) for index, time in enumerate(times))
-    found = list(detect.clips(frames, offsets, stride))
-    keyframes = times if stride is None else np.arange(int(times[-1] / stride) + 1) * stride
-    np.testing.assert_allclose([time for time, _ in found], keyframes)
-    for time, clip in found:
-      assert clip.tolist() == np.abs(times - (time + offsets)[:, None]).argmin(1).tolist()
-
-
-def test_memory_does_not_grow_with_length():
-  alive = weakref.WeakSet()
-
-  class Frame(np.ndarray):
-    __hash__ = object.__hash__
-
-  most = 0
-
-  def stream():
-    nonlocal most
-    for index in range(3000):
-      frame = np.zeros(1).view(Frame)
-      alive.add(frame)
-      most = max(most, len(alive))
-      yield index / 30, frame
-
-  for _ in detect.clips(stream(), np.arange(-8, 8) * 4 / 30, 1.0):
-    pass
-  assert 0 < most < 120  # the clip's two seconds and what comes before its keyframe
 
 
 def test_a_long_prediction_is_linked_and_written_in_little_memory(tmp_path):
@@ -457,25 +338,6 @@ def test_a_long_prediction_is_linked_and_written_in_little_memory(tmp_path):
   assert [(tube.action.name, len(tube.times)) for tube in result.tubes] == [("walk", 1800), ("wave", 1800)]
   assert peak < 4e6
   assert len(predictions.read_json(tmp_path / "x.json").tubes) == 2
-
-
-@pytest.mark.parametrize(
-  "size, canvas, placed",
-  [
-    ((1080, 1920), (224, 416), (224, 398)),
-    ((1920, 1080), (416, 224), (398, 224)),
-    ((90, 160), (224, 416), (224, 398)),
-    ((800, 1920), (192, 448), (187, 448)),  # wider than in training: the long side decides
-    ((2, 4000), (32, 448), (1, 448)),  # a line stays a line
-  ],
-)
-def test_video_canvas(size, canvas, placed):
-  assert detect.video_canvas(size, 224, (256, 448)) == canvas
-  assert place_on_canvas(np.zeros((1, *size, 3), np.uint8), canvas, 224)[1] == placed
-
-
-def test_stretched_frames_have_the_canvas_of_training():
-  assert detect.video_canvas((90, 160), None, (64, 96)) == (64, 96)
 
 
 def keyframe(time, *boxes, first=1):
