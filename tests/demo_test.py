@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -262,6 +263,20 @@ def test_files_that_cannot_be_taken(page, tmp_path):
   expect(page.locator("body")).to_contain_text("exceed the maximum allowed size of 1.0 Mb")
   with pytest.raises(DemoError, match=r"large.mp4 has 1.0 MB; at most 1 MB are taken."):
     check(files["large.mp4"], LIMITS)
+
+
+def test_length_is_that_of_the_frames(tmp_path):
+  """What a browser records does not say how long it is, nor does a stream that was cut off."""
+  path = tmp_path / "recorded.webm"
+  with av.open(str(path), "w", options={"live": "1"}) as target:
+    stream = target.add_stream("libvpx", rate=5)
+    stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+    for _ in range(60):
+      target.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), "rgb24")))
+    target.mux(stream.encode(None))
+  with pytest.raises(DemoError, match=r"recorded.webm is 12 s long; at most 8 s are taken."):
+    check(path, LIMITS)
+  assert check(path, LIMITS._replace(seconds=20)).seconds == pytest.approx(11.8, abs=0.3)
 
 
 def upload_again(page: Page, path: Path, says: str) -> None:

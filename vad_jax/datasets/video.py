@@ -218,6 +218,11 @@ class VideoReader:
     """Presentation times of all frames in seconds, ``[F]`` ascending; decodes the whole file."""
     return np.array([time for time, _ in self._decode_from(0)])
 
+  def last_time(self) -> float:
+    """Seconds from the first frame to the last one, by the stamps of packets, whatever the header says."""
+    self._container.seek(0)
+    return max((self._seconds(packet.pts) for packet in self._packets() if packet.pts is not None), default=0.0)
+
   def _duration_of_stream(self) -> float | None:
     """Seconds of the video stream, where the file tells; sound may be longer."""
     if self._stream.duration:

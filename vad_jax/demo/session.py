@@ -66,11 +66,10 @@ def check(path: Path, limits: Limits) -> Video:
   if size > limits.size:
     raise DemoError(f"{path.name} has {size / 2**20:.1f} MB; at most {limits.megabytes:g} MB are taken.")
   with _named_for_visitors(path), VideoReader(path) as reader:
-    if reader.duration is None:
-      raise DemoError(f"{path.name} does not say how long it is. Convert it to mp4.")
-    if reader.duration > limits.seconds:
-      raise DemoError(f"{path.name} is {reader.duration:.0f} s long; at most {limits.seconds:g} s are taken. Cut it.")
-    return Video(path, reader.duration, reader.size, reader.fps)
+    duration = max(reader.duration or 0.0, reader.last_time())  # what a browser recorded does not say it, others lie
+    if duration > limits.seconds:
+      raise DemoError(f"{path.name} is {duration:.0f} s long; at most {limits.seconds:g} s are taken. Cut it.")
+    return Video(path, duration, reader.size, reader.fps)
 
 
 class Session:
