@@ -75,9 +75,7 @@ VARIANTS = {
   "vit_b": Variant(768, 12, 12, (3, 6, 9), (2, 5, 8, 11), 384, 6, 6),
   "vit_l": Variant(1024, 24, 16, (6, 12, 18), (5, 11, 17, 23), 512, 8, 12),
   "tiny": Variant(96, 8, 3, (2, 4, 6), (1, 3, 5, 7), 48, 3, 2, 4, 256, 128, 2, 16, 64, 20),
-  "quickstart": Variant(
-    128, 4, 4, (1, 2), (0, 1, 2, 3), 128, 4, 2, 6, 64, 192, 2, 16, 128, 10, 64.0, from_scratch=True
-  ),
+  "quickstart": Variant(128, 4, 4, (1, 2), (0, 1, 2, 3), 128, 4, 2, 6, 64, 192, 2, 16, 128, 10, 64.0, True),
 }
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of RGB in [0, 1], all channels
@@ -182,8 +180,7 @@ class EVAD(nnx.Module):
       ``boxes`` ``[L, B, N, 4]`` xyxy in input pixels and ``person_logits`` ``[L, B, N, 2]`` (person first) of all
       localisation layers, ``action_logits`` ``[L', B, N, K]`` of all decoder blocks, ``frame_size`` ``[B, 4]`` (width,
       height, width, height); ``block_tokens``, ``kept`` (list of the places of kept tokens after each pruning,
-      ``[B, n]``, counted without the keyframe unless pruning is unified), ``survivors`` (those of all that are left,
-      counted with the keyframe first) and the tensors in between.
+      ``[B, n]``, counted without the keyframe unless pruning is unified), ``survivors`` (with it), and what is between.
     """
     side = 2 * self.backbone.patch[1]
     if batch["video"].shape[2] % side or batch["video"].shape[3] % side:
@@ -355,7 +352,7 @@ class EVAD(nnx.Module):
   def maps(self, out: dict[str, Any], batch: Batch) -> dict[str, Array]:
     """Of how many of the clip's slices the tokens of each place outlive all prunings: 1 where all do (Figure 4)."""
     count, slices, h, w, _ = out["restored"].shape
-    kept = jax.vmap(lambda cells: jnp.zeros(h * w).at[cells].add(1 / slices))(out["survivors"] % (h * w))
+    kept = jax.nn.one_hot(out["survivors"] % (h * w), h * w).sum(1) / slices
     return {"kept": kept.reshape(count, h, w)}
 
 
