@@ -17,6 +17,7 @@ from vad_jax import datasets, models, optim, sharding
 from vad_jax.checkpoint import split_model
 from vad_jax.datasets.augment import Augment
 from vad_jax.datasets.loader import ClipSpec
+from vad_jax.rngs import make_rngs
 
 NAMES = sorted(
   path.stem for path in Path(common.__file__).parent.glob("*.py") if path.stem not in ("common", "__init__")
@@ -30,7 +31,7 @@ def get(name: str, arg: str | None = None) -> ml_collections.ConfigDict:
 
 def build(config: ml_collections.ConfigDict) -> Any:
   """The model without its numbers."""
-  return nnx.eval_shape(lambda: models.build(**config.model, num_classes=NUM_CLASSES, rngs=nnx.Rngs(0)))
+  return nnx.eval_shape(lambda: models.build(**config.model, num_classes=NUM_CLASSES, rngs=make_rngs(0)))
 
 
 @pytest.mark.parametrize("arg", [None, "tiny"])

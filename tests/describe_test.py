@@ -17,6 +17,7 @@ from configs import bmvit_mvitv2s, custom, evad_vitb, evad_vitl, quickstart
 from tests import golden_files
 from vad_jax import describe, papers
 from vad_jax.ops.roi_align import roi_align
+from vad_jax.rngs import make_rngs
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = {
@@ -149,7 +150,7 @@ TOY_BATCH: Any = {
 
 
 def test_every_product_counts_where_it_happens() -> None:
-  model = nnx.eval_shape(lambda: Toy(nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: Toy(make_rngs(0)))
   call = Base.__call__
   jaxpr, _, out = describe.trace(model, TOY_BATCH)
   assert Base.__call__ is call  # was only wrapped meanwhile

@@ -13,6 +13,7 @@ from flax import nnx
 
 from tests.seeded import seeded
 from vad_jax import checkpoint, export, models
+from vad_jax.rngs import make_rngs
 
 SYSTEMS = {  # config and its argument
   "evad": ("quickstart", "tiny"),
@@ -52,7 +53,7 @@ def load(system: str) -> checkpoint.Loaded:
   module, argument = SYSTEMS[system]
   config = importlib.import_module(f"configs.{module}").get_config(argument)
   kwargs = {**config.model.to_dict(), "num_classes": 5, **({"layers": 1} if system == "class_query" else {})}
-  graphdef, *state = checkpoint.split_model(nnx.eval_shape(lambda: models.build(**kwargs, rngs=nnx.Rngs(0))))
+  graphdef, *state = checkpoint.split_model(nnx.eval_shape(lambda: models.build(**kwargs, rngs=make_rngs(0))))
   model = nnx.merge(graphdef, *jax.tree.map_with_path(weight, state))
   stretched = config.resize == "stretch"
   info = {"model": kwargs, "clip": config.clip.to_dict(), "canvas": list(config.canvas)}

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "vad_jax").rglob("*.py"))
 
 # What each part of vad_jax may import of the others, besides itself, and which may be used everywhere.
-EVERYWHERE = {"", "batch", "annotations", "progress", "safe_pickle", "tubes"}
+EVERYWHERE = {"", "batch", "annotations", "progress", "rngs", "safe_pickle", "tubes"}
 ALLOWED = {
   "ops": set(),
   "layers": {"ops"},

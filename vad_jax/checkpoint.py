@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from vad_jax import models
 from vad_jax.optim import path_of
+from vad_jax.rngs import make_rngs
 
 PathLike = str | os.PathLike[str]
 State = dict[str, Any]
@@ -196,7 +197,7 @@ def load_model(directory_or_name: PathLike) -> Loaded:
       f"checkpoint {path} holds {info['model']['name']}, which is no detector; a backbone is something to start "
       "training from (config.init_from)"
     )
-  abstract = nnx.eval_shape(lambda: models.build(**info["model"], rngs=nnx.Rngs(0)))
+  abstract = nnx.eval_shape(lambda: models.build(**info["model"], rngs=make_rngs(0)))
   graphdef, params, rest = split_model(abstract)
   items = {"weights": _place({"params": params, "rest": rest})}
   if (path / "ema").exists():

@@ -32,6 +32,7 @@ from vad_jax import checkpoint, models, weight_files
 from vad_jax.annotations import PathLike, read_label_map
 from vad_jax.layers.position import sincos_positions
 from vad_jax.published import BACKBONES, SOURCES, Backbone, Source
+from vad_jax.rngs import make_rngs
 
 _LABELS = Path(__file__).parent / "datasets" / "labels"
 _CLASSES = {80: "ava_v2.2.pbtxt", 21: "jhmdb.pbtxt", 24: "ucf101_24.pbtxt"}  # that a detector of so many has
@@ -346,7 +347,7 @@ def convert(
     source, kind, weights = _recognise(file.tensors, source)
     arguments = {**kind.arguments({name: np.shape(value) for name, value in weights.items()}), **options}
     make = BACKBONES[kind.builds].make if kind.builds in BACKBONES else models.MODELS[kind.builds]
-    model = make(**arguments, rngs=nnx.Rngs(0))
+    model = make(**arguments, rngs=make_rngs(0))
     info = {"model": {"name": kind.builds, **arguments}, "label_map": {}, **kind.info(arguments)}
     if kind.builds in models.MODELS:
       info["label_map"] = _class_names(label_map, arguments["num_classes"])

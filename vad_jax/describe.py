@@ -59,6 +59,7 @@ from vad_jax.annotations import read_label_map
 from vad_jax.batch import Batch, Detections
 from vad_jax.checkpoint import split_model
 from vad_jax.papers import FREE_OPTIONS, PAPERS, Figure, Paper, Rule, Size
+from vad_jax.rngs import make_rngs
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes a type checker cannot know
 
@@ -138,7 +139,7 @@ def build(config: Config) -> Any:
   """
   options = {"num_classes": num_classes(config), **config.model}
   try:
-    return nnx.eval_shape(lambda: models.build(**options, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: models.build(**options, rngs=make_rngs(0)))
   except TypeError as error:  # an argument that the constructor does not have
     raise ValueError(f"config.model: {error}") from error
 
@@ -330,7 +331,7 @@ def training_memory(model: Any, batch: Batch, *, moments: int = 2, averaged: boo
 
   def loss(params: Any, rest: Any, batch: Batch) -> Any:
     model = nnx.merge(graphdef, params, rest)
-    out = model(batch, rngs=nnx.Rngs(0))
+    out = model(batch, rngs=make_rngs(0))
     costs = jax.eval_shape(model.costs, out, batch)
     return model.loss(out, batch, None if costs is None else jnp.zeros(costs.shape, bool))[0]
 

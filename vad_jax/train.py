@@ -28,6 +28,7 @@ from vad_jax import progress
 from vad_jax.batch import Array, Batch, Detections
 from vad_jax.checkpoint import Checkpoints, Info, State, split_model
 from vad_jax.ops.matching import Method, match
+from vad_jax.rngs import make_rngs
 from vad_jax.sharding import infer_sharding, to_global
 
 PredictFn = Callable[[Batch], Detections]
@@ -233,7 +234,7 @@ def make_train_step(
   def loss_fn(params: Any, rest: Any, batch: Batch, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
     model = nnx.merge(graphdef, params, rest)
     model = nnx.view(model, raise_if_not_found=False, deterministic=False)
-    out = model(batch, rngs=nnx.Rngs(key))
+    out = model(batch, rngs=make_rngs(key))
     costs = model.costs(out, batch)
     mask = None if costs is None else match(costs, batch["box_mask"], matcher)
     loss, terms = model.loss(out, batch, mask)
@@ -320,11 +321,11 @@ def prepare(
     Graph definition, optimizer, abstract state with shardings, and a function that makes the initial state in
     place.
   """
-  graphdef, params, _ = split_model(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
+  graphdef, params, _ = split_model(nnx.eval_shape(lambda: make_model(make_rngs(0))))
   optimizer = make_optimizer(params)
 
   def init() -> State:
-    _, params, rest = split_model(make_model(nnx.Rngs(jax.random.key(seed))))
+    _, params, rest = split_model(make_model(make_rngs(jax.random.key(seed))))
     state = {"step": jnp.zeros((), jnp.int32), "params": params, "rest": rest, "opt": optimizer.init(params)}
     return {**state, "ema": jax.tree.map(jnp.copy, params)} if ema else state
 

@@ -11,6 +11,7 @@ from flax import nnx
 from tests import golden_files, seeded
 from vad_jax import checkpoint, convert, describe, sharding
 from vad_jax.backbones import csn
+from vad_jax.rngs import make_rngs
 
 FLOAT64 = 1e-6  # of the tap's standard deviation
 SOURCE = convert.Source("CSN", "", (), csn.REFERENCE_NAMES, "csn", csn.reference_arguments)
@@ -21,7 +22,7 @@ FAST = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_le
 @functools.cache
 def parts(**arguments) -> tuple[nnx.GraphDef, nnx.State]:
   """A model without values, in parts."""
-  return nnx.split(nnx.eval_shape(lambda: csn.CSN(**arguments, rngs=nnx.Rngs(0))))
+  return nnx.split(nnx.eval_shape(lambda: csn.CSN(**arguments, rngs=make_rngs(0))))
 
 
 def published(path, names) -> str:

@@ -12,6 +12,7 @@ from flax import nnx
 from tests import golden_files, seeded
 from vad_jax import convert
 from vad_jax.backbones import hiera
+from vad_jax.rngs import make_rngs
 
 FLOAT32, FLOAT64 = 2e-4, 1e-6  # of the tap's standard deviation
 
@@ -19,7 +20,7 @@ FLOAT32, FLOAT64 = 2e-4, 1e-6  # of the tap's standard deviation
 @functools.cache
 def parts(**arguments) -> tuple[nnx.GraphDef, nnx.State]:
   """A model without values, in parts."""
-  return nnx.split(nnx.eval_shape(lambda: hiera.Hiera(**arguments, rngs=nnx.Rngs(0))))
+  return nnx.split(nnx.eval_shape(lambda: hiera.Hiera(**arguments, rngs=make_rngs(0))))
 
 
 def unrolled(x: jax.Array, poolings: int) -> jax.Array:

@@ -14,6 +14,7 @@ from tests import golden_files, seeded
 from vad_jax import convert, describe, sharding
 from vad_jax.backbones import i3d
 from vad_jax.checkpoint import split_model
+from vad_jax.rngs import make_rngs
 
 FLOAT32, FLOAT64 = 2e-4, 1e-6  # of the tap's standard deviation
 PYTORCH = convert.Source("I3D", "", (), i3d.PYTORCH_NAMES, "i3d", i3d.reference_arguments)
@@ -42,7 +43,7 @@ SHAPES = {  # of a video of 64 x 400 x 400
 @functools.cache
 def parts(kind: type[i3d.Chain] = i3d.I3D, **arguments):
   """A model without values, in parts."""
-  return nnx.split(nnx.eval_shape(lambda: kind(**arguments, rngs=nnx.Rngs(0))))
+  return nnx.split(nnx.eval_shape(lambda: kind(**arguments, rngs=make_rngs(0))))
 
 
 def arrays(state: nnx.State) -> list[tuple[tuple, nnx.Variable]]:

@@ -14,6 +14,7 @@ from vad_jax import convert
 from vad_jax.backbones import mvit
 from vad_jax.layers import attention
 from vad_jax.ops.roi_align import roi_align
+from vad_jax.rngs import make_rngs
 
 FLOAT32, FLOAT64 = 2e-4, 1e-6  # of the tap's standard deviation
 RELEASED = {**mvit.VARIANTS["mvitv2_s"], "trained_size": (16, 224, 224)}
@@ -31,7 +32,7 @@ def compiled_blocks():
 @functools.cache
 def parts(**arguments) -> tuple[nnx.GraphDef, nnx.State]:
   """A model without values, in parts."""
-  return nnx.split(nnx.eval_shape(lambda: mvit.MViT(**arguments, rngs=nnx.Rngs(0))))
+  return nnx.split(nnx.eval_shape(lambda: mvit.MViT(**arguments, rngs=make_rngs(0))))
 
 
 def loaded(weights: dict[str, np.ndarray], **arguments) -> tuple[mvit.MViT, convert.LoadReport]:

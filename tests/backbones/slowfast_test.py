@@ -12,6 +12,7 @@ from tests import golden_files, seeded
 from vad_jax import checkpoint, convert, describe, sharding
 from vad_jax.backbones import slowfast
 from vad_jax.ops.roi_align import roi_align
+from vad_jax.rngs import make_rngs
 
 FLOAT32, FLOAT64 = 2e-4, 1e-6  # of the tap's standard deviation
 SOURCE = convert.Source("SlowFast", "", (), slowfast.REFERENCE_NAMES, "slowfast", slowfast.reference_arguments)
@@ -21,7 +22,7 @@ QUICK = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_l
 @functools.cache
 def parts(**arguments) -> tuple[nnx.GraphDef, nnx.State]:
   """A model without values, in parts."""
-  return nnx.split(nnx.eval_shape(lambda: slowfast.SlowFast(**arguments, rngs=nnx.Rngs(0))))
+  return nnx.split(nnx.eval_shape(lambda: slowfast.SlowFast(**arguments, rngs=make_rngs(0))))
 
 
 def weights_of(recorded: dict) -> dict[str, np.ndarray]:

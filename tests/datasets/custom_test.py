@@ -20,6 +20,7 @@ from vad_jax.datasets.loader import ClipSpec, train_batches
 from vad_jax.datasets.source_set import Problems
 from vad_jax.datasets.video import VideoError
 from vad_jax.ops import matching
+from vad_jax.rngs import make_rngs
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 SIZE = (48, 80)
@@ -84,7 +85,7 @@ def test_the_command_and_the_config_fit_together(tmp_path, monkeypatch):
 
 def test_the_quickstart_weights_start_a_detector_of_other_classes():
   config = custom_config.get_config("tiny")
-  model = nnx.eval_shape(lambda: models.build(**config.model, num_classes=3, rngs=nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: models.build(**config.model, num_classes=3, rngs=make_rngs(0)))
   report = convert.load_reference(model, config.init_from, reinit_head=config.reinit_head)
   fates = [tensor.action for tensor in report.tensors]
   assert fates.count("loaded") > 20 * fates.count("re-initialised") > 0

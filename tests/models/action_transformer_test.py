@@ -19,6 +19,7 @@ from vad_jax.models.action_transformer import ActionTransformer, Place, Variant,
 from vad_jax.ops.nms import nms
 from vad_jax.ops.roi_align import roi_pool
 from vad_jax.papers import PAPERS
+from vad_jax.rngs import make_rngs
 
 CLASSES = 5
 OPTIONS = [
@@ -68,7 +69,7 @@ def make_batch(seed: int = 0, rows: int = 2, size: tuple[int, int] = (64, 96), a
 def make_model(**options) -> ActionTransformer:
   """Numbers that are made in no time, and no longer those of the start, where all boxes have the same score."""
   options = {"variant": "patches", "proposals": 24, "dropout": 0.0, "num_classes": CLASSES, **options}
-  model = nnx.eval_shape(lambda: models.build("action_transformer", rngs=nnx.Rngs(0), **options))
+  model = nnx.eval_shape(lambda: models.build("action_transformer", rngs=make_rngs(0), **options))
 
   def fill(path: tuple, variable: Any) -> np.ndarray:
     shape = variable.shape
@@ -405,7 +406,7 @@ def whole_network(monkeypatch):
   "options, millions", [({"head": "i3d"}, 16.238413), ({"query": "low_res"}, 13.931741), ({}, 19.306461)]
 )
 def test_parameters_of_table_1(whole_network, options, millions):
-  model = nnx.eval_shape(lambda: models.build("action_transformer", rngs=nnx.Rngs(0), **options))
+  model = nnx.eval_shape(lambda: models.build("action_transformer", rngs=make_rngs(0), **options))
   assert sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))) == round(1e6 * millions)
 
 

@@ -17,6 +17,7 @@ from vad_jax.models import class_query
 from vad_jax.models.class_query import ClassQuery, Variant
 from vad_jax.ops import boxes as box_ops
 from vad_jax.ops import matching
+from vad_jax.rngs import make_rngs
 
 CLASSES, FRAMES, QUERIES = 5, 4, 3
 SMALL = Variant(
@@ -348,7 +349,7 @@ def test_sizes_are_those_of_the_released_networks(config, size, millions, gmacs)
 
 
 def test_csn152_has_the_parameters_of_the_released_weights():
-  model = nnx.eval_shape(lambda: models.build(**class_query_csn152.get_config().model, rngs=nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: models.build(**class_query_csn152.get_config().model, rngs=make_rngs(0)))
   assert sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))) == 86_006_621
 
 

@@ -15,6 +15,7 @@ from vad_jax.models import evad
 from vad_jax.models.evad import EVAD
 from vad_jax.ops import boxes, losses, matching
 from vad_jax.ops.roi_align import box_levels, roi_align
+from vad_jax.rngs import make_rngs
 
 BACKBONE, ROI, BOXES, FINAL = 5e-5, 3e-4, 1e-4, 1e-4
 
@@ -389,7 +390,7 @@ def test_units():
 @pytest.mark.parametrize("variant", ["tiny", "vit_b"])
 def test_optimizer_groups(variant):
   config = evad_vitb.get_config()
-  model = nnx.eval_shape(lambda: EVAD(variant=variant, rngs=nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: EVAD(variant=variant, rngs=make_rngs(0)))
   ours = {}
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     scale, decayed = optim.group_of(

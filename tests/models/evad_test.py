@@ -14,6 +14,7 @@ from tests import eight_devices
 from vad_jax.models import build
 from vad_jax.models.evad import EVAD, VARIANTS, Variant
 from vad_jax.ops.matching import match
+from vad_jax.rngs import make_rngs
 
 CLASSES = 5
 SMALL = Variant(32, 4, 2, (1, 2), (0, 1, 2, 3), 16, 2, 1, 4, 32, 32, 1, 8, 16, 6)
@@ -270,6 +271,6 @@ def test_bad_sizes_and_names_are_named():
 
 @pytest.mark.parametrize(("variant", "millions"), [("vit_s", 119.7), ("vit_b", 185.359636), ("vit_l", 439.535220)])
 def test_parameter_counts(variant, millions):
-  model = nnx.eval_shape(lambda: EVAD(variant=variant, rngs=nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: EVAD(variant=variant, rngs=make_rngs(0)))
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
   assert count == pytest.approx(millions * 1e6, rel=1e-9 if variant != "vit_s" else 0.2)

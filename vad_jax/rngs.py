@@ -1,0 +1,36 @@
+"""Random streams that cost no time to trace (leaf)."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+
+def make_rngs(*default: Any, **streams: Any) -> nnx.Rngs:
+  """`nnx.Rngs` whose draws are all that is traced; they are the same numbers.
+
+  Flax asks of a traced count, at each draw, whether it has a sharding. JAX answers no with an error that tells where the
+  count comes from, and looks through all that was traced so far to find out: most of the time that it takes to build a
+  large model without its numbers.
+
+  Args:
+    *default: seed or key of the default stream.
+    **streams: the same of streams by name.
+  """
+  rngs = nnx.Rngs(*default, **streams)
+  for name, stream in list(vars(rngs).items()):
+    if isinstance(stream, nnx.RngStream):
+      setattr(rngs, name, _Stream(stream.key[...], tag=stream.tag))
+  return rngs
+
+
+class _Stream(nnx.RngStream):
+  def __init__(self, key: jax.Array, *, tag: str):
+    super().__init__(key, tag=tag)
+    self.count.set_value(np.uint32(0))
+
+  def __call__(self) -> jax.Array:
+    count = self.count[...]
+    self.count.set_value(count + np.uint32(1))  # as a whole: a part is what Flax compares shardings for
+    return jax.random.fold_in(self.key[...], count)
