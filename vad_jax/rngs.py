@@ -10,9 +10,9 @@ from flax import nnx
 def make_rngs(*default: Any, **streams: Any) -> nnx.Rngs:
   """`nnx.Rngs` whose draws are all that is traced; they are the same numbers.
 
-  Flax asks of a traced count, at each draw, whether it has a sharding. JAX answers no with an error that tells where the
-  count comes from, and looks through all that was traced so far to find out: most of the time that it takes to build a
-  large model without its numbers.
+  Flax asks of a traced count, at each draw, whether it has a sharding. JAX answers no with an error that tells where
+  the count comes from, and looks through all that was traced so far to find out: most of the time that it takes to
+  build a large model without its numbers.
 
   Args:
     *default: seed or key of the default stream.
