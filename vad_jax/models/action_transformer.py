@@ -303,22 +303,14 @@ class ActionTransformer(nnx.Module):
 
   def detections(self, out: dict[str, Any], batch: Batch) -> Detections:
     """Refined boxes without duplicates, best actor first; or the given boxes as they are."""
-    valid = out["proposal_mask"] & (jnp.asarray(batch["key"])[:, None] >= 0)
+    kept, valid = self._kept(out, batch)
+    boxes = out["proposals"] if self._given(batch) else out["boxes"]
     action = jax.nn.sigmoid(out["action_logits"][..., 1:])
     action = jnp.broadcast_to(action, (*action.shape[:2], self.num_classes))
-    if self.boxes == "ground_truth" and "boxes" in batch:
-      return Detections(out["proposals"], out["objectness"], action, valid)
-    score = self._actor_score(out)
-    kept, valid = batched_nms(
-      out["boxes"],
-      jnp.where(valid, score, -jnp.inf),
-      iou_threshold=_DETECTION_IOU,
-      count=min(_MOST_DETECTIONS, valid.shape[1]),
-    )
-    return Detections(_take(out["boxes"], kept), _take(score, kept), _take(action, kept), valid)
+    return Detections(_take(boxes, kept), _take(self._actor_score(out), kept), _take(action, kept), valid)
 
   def maps(self, out: dict[str, Any], batch: Batch) -> dict[str, Array]:
-    """Where the network sees people; what each region attends to, at all times; kinds of cells in colours.
+    """Where the network sees people; what each detection attends to, at all times; kinds of cells in colours.
 
     Attention is that of the last Tx layer. Colours are the principal components of a unit's keys
     (Figure 4); both need the Tx head.
@@ -328,10 +320,23 @@ class ActionTransformer(nnx.Module):
     maps = {"person": jnp.where(out["cells"], people, 0)}
     if self.tx is None:
       return maps
-    maps["attention"] = out["attention"].mean(1).sum(2)[:, :, None]
+    maps["attention"] = _take(out["attention"].mean(1).sum(2), self._kept(out, batch)[0])[:, :, None]
     for unit in range(_UNITS):
       maps[f"keys_{unit + 1}"] = principal_colors(out["keys"][:, unit], out["cells"])
     return maps
+
+  def _given(self, batch: Batch) -> bool:
+    """Whether the detections are the annotated boxes."""
+    return self.boxes == "ground_truth" and "boxes" in batch
+
+  def _kept(self, out: dict[str, Any], batch: Batch) -> tuple[Array, Array]:
+    """Which regions ``[B, M]`` are the detections, and whether they are any."""
+    valid = out["proposal_mask"] & (jnp.asarray(batch["key"])[:, None] >= 0)
+    if self._given(batch):
+      return jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape), valid
+    score = jnp.where(valid, self._actor_score(out), -jnp.inf)
+    count = min(_MOST_DETECTIONS, valid.shape[1])
+    return batched_nms(out["boxes"], score, iou_threshold=_DETECTION_IOU, count=count)
 
   def _actor_score(self, out: dict[str, Array]) -> Array:
     """Probability ``[B, N]`` of an actor. Who saw nothing but ground truth in training cannot tell background."""
