@@ -18,6 +18,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 flags.FLAGS.mark_as_parsed()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+  """What one module compiled is of no use to the next, and all of it takes gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
   """Lets many short runs of a module share compiled programs."""

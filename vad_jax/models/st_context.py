@@ -132,8 +132,9 @@ class SpatioTemporalContext(nnx.Module):
 
     Returns:
       ``boxes`` ``[B, P, 4]`` the proposals as far as they lie in the frame, zero in padded slots; ``action_logits``
-      ``[B, P, K]``; ``regions`` ``[B, P, 7, 7, C + C']`` of the actors, their ``features`` ``[B, P, D]``, the spatial
-      ``attention`` ``[B, P, h, w]`` of models with context, and the maps ``slow`` and ``fast`` of the backbone.
+      ``[B, P, K]``; ``regions`` ``[B, P, 7, 7, C + C']`` of the actors, their ``features`` ``[B, P, D]``, the maps
+      ``slow`` and ``fast`` of the backbone, and with context what the spatial block compares: ``query``
+      ``[B, P * tokens, heads, d]`` and ``key`` ``[B, h * w, heads, d]``, of which those ``inside`` ``[B, h, w]`` count.
 
     Raises:
       ValueError: the batch has no proposals.
@@ -147,14 +148,14 @@ class SpatioTemporalContext(nnx.Module):
     means = slow.mean(1), fast.mean(1)
     pixels = boxes * jnp.tile(size[:, None, ::-1], 2)
     regions = roi_align(jnp.concatenate(means, -1), pixels, scale=scale, sampling_ratio=0)
-    attention: dict[str, Array] = {}
+    looking: dict[str, Array] = {}
     if self.context is None:
       features = largest(regions)
     else:
-      features, attention["attention"] = self.context(regions, means, fast, size * scale, rngs)
+      features, looking = self.context(regions, means, fast, size * scale, rngs)
     logits = self.classifier(self.dropout(features, rngs=rngs))
     return {
-      **attention,
+      **looking,
       "slow": slow,
       "fast": fast,
       "regions": regions,
@@ -190,8 +191,14 @@ class SpatioTemporalContext(nnx.Module):
     return Detections(out["boxes"], score, jax.nn.sigmoid(out["action_logits"]), given)
 
   def maps(self, out: dict[str, Any], batch: Batch) -> dict[str, Array]:
-    """Where in the scene each person looks, which the mean over time of the slow map shows; not without context."""
-    return {"attention": out["attention"][:, :, None]} if self.context is not None else {}
+    """Where in the scene each person looks, the mean of the person's tokens and of heads; nothing without context."""
+    if self.context is None:
+      return {}
+    query, key, inside = (out[name] for name in ("query", "key", "inside"))
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    logits = jnp.where(inside.reshape(len(inside), 1, 1, -1), logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    attention = jax.nn.softmax(logits).mean(1)
+    return {"attention": attention.reshape(*out["boxes"].shape[:2], -1, *inside.shape[1:]).mean(2)[:, :, None]}
 
 
 def given_boxes(batch: Batch) -> tuple[Array, Array]:
@@ -238,7 +245,7 @@ class Context(nnx.Module):
 
   def __call__(
     self, regions: Array, means: tuple[Array, Array], fast: Array, cells: Array, rngs: nnx.Rngs | None
-  ) -> tuple[Array, Array]:
+  ) -> tuple[Array, dict[str, Array]]:
     """Runs the blocks.
 
     Args:
@@ -249,7 +256,7 @@ class Context(nnx.Module):
       rngs: for dropout.
 
     Returns:
-      ``[B, P, D]``, and where in the scene each actor looked, ``[B, P, h, w]``, the mean of its tokens and of heads.
+      ``[B, P, D]``, and what the spatial block compared, see ``SpatioTemporalContext``.
     """
     rows, count, *_, channels = regions.shape
     tokens = regions if self.actor_grid else largest(regions)
@@ -260,13 +267,13 @@ class Context(nnx.Module):
     inside = down[:, :, None] & across[:, None]
     scene = jnp.concatenate(means, -1) if self.temporal is None else means[0]
     places = grid_positions(h, w, width) if self.positions else None
-    x, attention = self.spatial(x, scene.reshape(rows, h * w, -1), places, inside.reshape(rows, -1), rngs)
+    x, (query, key) = self.spatial(x, scene.reshape(rows, h * w, -1), places, inside.reshape(rows, -1), rngs)
     if self.temporal is not None:
       moments = fast.mean((2, 3), where=inside[:, None, :, :, None])
       times = sincos_positions(frames, width) if self.positions else None
       x, _ = self.temporal(x, moments, times, None, rngs)
     features = jax.nn.relu(self.hidden(largest(x.reshape(rows, count, -1, width))))
-    return features, attention.reshape(rows, count, -1, h, w).mean(2)
+    return features, {"query": query, "key": key, "inside": inside}
 
 
 class ContextBlock(nnx.Module):
@@ -286,7 +293,7 @@ class ContextBlock(nnx.Module):
 
   def __call__(
     self, x: Array, context: Array, positions: Array | None, key_mask: Array | None, rngs: nnx.Rngs | None
-  ) -> tuple[Array, Array]:
+  ) -> tuple[Array, tuple[Array, Array]]:
     """Runs the block.
 
     Args:
@@ -297,7 +304,7 @@ class ContextBlock(nnx.Module):
       rngs: for dropout.
 
     Returns:
-      ``[B, N, D]``, and the attention ``[B, N, L]``, the mean of heads, which compilers drop where nobody asks for it.
+      ``[B, N, D]``; queries ``[B, N, heads, d]`` and keys ``[B, L, heads, d]``.
     """
     split = lambda tokens: tokens.reshape(*tokens.shape[:2], self.heads, -1)  # noqa: E731
     key = self.key(context)
@@ -305,13 +312,9 @@ class ContextBlock(nnx.Module):
       key = key + jnp.asarray(positions, key.dtype)
     query, key, value = split(self.query(x)), split(key), split(self.value(context))
     found = attend(query, key, value, key_mask)
-    exact = jnp.promote_types(x.dtype, jnp.float32)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=exact) * query.shape[-1] ** -0.5
-    if key_mask is not None:
-      logits = jnp.where(key_mask[:, None, None], logits, jnp.finfo(exact).min)
     x = self.norm1(x + self.dropout(self.proj(found.reshape(x.shape)), rngs=rngs))
     x = self.norm2(x + self.dropout(self.fc2(jax.nn.relu(self.fc1(x))), rngs=rngs))
-    return x, jax.nn.softmax(logits).mean(1)
+    return x, (query, key)
 
 
 def largest(x: Array) -> Array:
